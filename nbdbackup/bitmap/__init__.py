@@ -1,0 +1,1 @@
+"""Bitmaps: one bit for each cluster of a device."""

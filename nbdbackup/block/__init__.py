@@ -1,0 +1,1 @@
+"""Devices, filters and nodes; the contract is in `block/device.py`."""

@@ -1,0 +1,1 @@
+"""The copy-on-write engine: request list, block copy, copy-before-write, snapshot view."""

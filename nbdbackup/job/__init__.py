@@ -1,0 +1,1 @@
+"""Jobs: their states, the backup job, its rate limit and its target."""

@@ -1,0 +1,1 @@
+"""The control socket: QMP framing, commands and events."""
