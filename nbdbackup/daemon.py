@@ -1,0 +1,54 @@
+"""The composition root: what `nbdbackup serve` runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """One disk to serve: the node and export `name`, from `path` in `format`."""
+
+    name: str
+    path: str
+    format: str | None = None
+    """"raw", or None for raw after checking that the content does not look like another format."""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """Listen on `host`:`port`; port 0 picks a free one."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """Listen on a Unix socket at `path`."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Everything that `serve` can be told."""
+
+    sources: tuple[SourceSpec, ...]
+    listeners: tuple[TcpAddress | UnixAddress, ...]
+    control: Path
+    state_dir: Path
+    read_only: bool = False
+    clients_max: int = 0
+    """0: no limit."""
+    description: str = ""
+    discard: str = "unmap"
+    """"unmap", or "ignore": trim does nothing and zeroes stay allocated."""
+    pid_file: Path | None = None
+    run_command: str | None = None
+    """Shell command to run with `$uri` set; serve until it ends and exit with its status."""
+    exit_on_last: bool = False
+
+
+async def serve(options: ServeOptions) -> int:
+    """Serve until told to stop; the process exit status."""
+    raise NotImplementedError
