@@ -93,7 +93,7 @@ class BlockDevice(ABC):
         del offset
         return [StatusExtent(length, Allocation.DATA)]
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - most devices hold nothing
         """Give up what is held. No operation may be in flight, and none may follow."""
 
     def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
