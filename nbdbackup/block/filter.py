@@ -20,6 +20,10 @@ class FilterDevice(BlockDevice):
     def __str__(self) -> str:
         return str(self.child)
 
+    def relink(self, child: BlockDevice) -> None:
+        """Forward to `child` from now on. Only while the node is drained."""
+        self.child = child
+
     async def read(self, offset: int, buffer: WritableBuffer) -> None:
         await self.child.read(offset, buffer)
 

@@ -55,7 +55,7 @@ class Node(FilterDevice):
         """Put `new_filter`, whose child is this node's top, on top. Only while drained."""
         assert self.is_drained
         assert new_filter.child is self.child
-        self.child = new_filter
+        self.relink(new_filter)
 
     def remove(self, old_filter: FilterDevice) -> None:
         """Take `old_filter` out, wherever in the stack it is. Only while drained."""
@@ -65,7 +65,7 @@ class Node(FilterDevice):
             assert above.child is not self.root, "the filter is not on this node"
             assert isinstance(above.child, FilterDevice)
             above = above.child
-        above.child = old_filter.child
+        above.relink(old_filter.child)
 
     # Operations: each is counted, and none starts while the node is quiesced.
 

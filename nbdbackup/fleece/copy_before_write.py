@@ -1,0 +1,159 @@
+"""Copy-before-write filter.
+
+Before a client write, write_zeroes or trim reaches the source, every cluster it touches is
+copied to the block copy's target, unless it was copied already or the point in time no
+longer wants it. Then the write waits for frozen reads of its range: snapshot reads that are
+reading the *source* at this moment.
+
+Invariants 1 and 2 live here. The order in `_save` is the proof: copies first, then frozen
+reads, then, without an `await` in between, the write. A frozen read that starts after
+that finds the cluster done and reads the copy instead.
+
+What happens when a copy fails is `on_cbw_error`:
+- `break-guest-write`: the client's write fails; the point in time stays whole.
+- `break-snapshot`: the client's write goes on; the point in time is `broken`, for good.
+
+Follows QEMU's block/copy-before-write.c; the terms are the same.
+"""
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from enum import Enum
+
+from nbdbackup.block.device import BlockDevice, ReadableBuffer
+from nbdbackup.block.filter import FilterDevice
+from nbdbackup.errors import CopyError, DeviceError
+from nbdbackup.extents import Extent
+from nbdbackup.fleece.block_copy import BlockCopy
+from nbdbackup.fleece.request_list import RequestList
+
+logger = logging.getLogger(__name__)
+
+
+class OnCbwError(Enum):
+    """Who loses when a cluster cannot be saved before a client write."""
+
+    BREAK_GUEST_WRITE = "break-guest-write"
+    BREAK_SNAPSHOT = "break-snapshot"
+
+
+class CopyBeforeWrite(FilterDevice):
+    """Set once: `block_copy`, whose source is this filter's child; the policy; the timeout.
+
+    `title` is what a person calls the point in time ("snapshot disk@s1"). `on_broken(cause)`
+    is called once, when it breaks.
+    """
+
+    def __init__(
+        self,
+        child: BlockDevice,
+        block_copy: BlockCopy,
+        *,
+        title: str,
+        on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE,
+        cbw_timeout_s: float = 0,
+        on_broken: Callable[[OSError], None] | None = None,
+    ) -> None:
+        super().__init__(child)
+        assert block_copy.source is child
+        self.block_copy = block_copy
+        self.title = title
+        self.on_cbw_error = on_cbw_error
+        self.cbw_timeout_s = cbw_timeout_s
+        self.on_broken = on_broken
+        # Changing while running.
+        self.frozen_reads = RequestList()
+        self.broken: OSError | None = None
+        self._late_copies: set[asyncio.Task[None]] = set()
+
+    def relink(self, child: BlockDevice) -> None:
+        super().relink(child)
+        self.block_copy.source = child
+
+    async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
+        await self._save(Extent(offset, len(data)))
+        await self.child.write(offset, data, fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, may_unmap: bool = True, fast: bool = False, fua: bool = False
+    ) -> None:
+        await self._save(Extent(offset, length))
+        await self.child.write_zeroes(offset, length, may_unmap, fast, fua)
+
+    async def trim(self, offset: int, length: int, fua: bool = False) -> None:
+        await self._save(Extent(offset, length))
+        await self.child.trim(offset, length, fua)
+
+    def write_nowait(self, offset: int, data: ReadableBuffer) -> bool:
+        return self._save_nowait(offset, len(data)) and self.child.write_nowait(offset, data)
+
+    def break_snapshot(self, cause: OSError) -> None:
+        """Stop saving clusters; reads of the point in time fail with `cause` from now on."""
+        if self.broken is None:
+            self.broken = cause
+            logger.error("%s is broken, client writes go on: %s", self.title, cause.strerror or cause)
+            if self.on_broken is not None:
+                self.on_broken(cause)
+
+    async def wait_copies_ended(self) -> None:
+        """Return when no copy runs on behalf of a write that stopped waiting for it."""
+        while self._late_copies:
+            await asyncio.wait(self._late_copies)
+
+    def _save_nowait(self, offset: int, length: int) -> bool:
+        if self.broken is not None or not length:
+            return True
+        copy = self.block_copy
+        if copy.in_flight or copy.dirty.any(offset, length):
+            try:
+                if not copy.copy_nowait(Extent(offset, length)):
+                    return False
+            except CopyError as error:
+                self._settle_failure(Extent(offset, length), error, error.errno)
+        return not self.frozen_reads or self.frozen_reads.find_conflict(Extent(offset, length)) is None
+
+    async def _save(self, area: Extent) -> None:
+        """Return at a moment when a write to `area` may be forwarded; see the module's docstring."""
+        if self.broken is not None or not area.length:
+            return
+        try:
+            await self._wait_copied(area)
+        except CopyError as error:
+            self._settle_failure(area, error, error.errno)
+        except TimeoutError as error:
+            self._settle_failure(area, error, errno.ETIMEDOUT)
+        if self.broken is None:
+            await self.frozen_reads.wait_no_conflict(area)
+
+    async def _wait_copied(self, area: Extent) -> None:
+        if not self.cbw_timeout_s:
+            await self.block_copy.copy(area)
+            return
+        # The copy outlives the write's patience: its I/O cannot be taken back, and its
+        # clusters must stay in flight until it has ended.
+        copying = asyncio.get_running_loop().create_task(self.block_copy.copy(area))
+        self._late_copies.add(copying)
+        copying.add_done_callback(self._late_copies.discard)
+        done, _ = await asyncio.wait({copying}, timeout=self.cbw_timeout_s)
+        if not done:
+            copying.add_done_callback(_forget_result)
+            raise TimeoutError(f"no copy within {self.cbw_timeout_s:g} s (cbw-timeout)")
+        copying.result()
+
+    def _settle_failure(self, area: Extent, error: CopyError | TimeoutError, code: int) -> None:
+        """Apply the policy: raise what the client gets, or break the point in time."""
+        if self.broken is not None:
+            return
+        if self.on_cbw_error is OnCbwError.BREAK_SNAPSHOT:
+            self.break_snapshot(DeviceError(code, str(error)))
+            return
+        logger.error("client write at %d refused to keep %s whole: %s", area.offset, self.title, error)
+        raise DeviceError(code, f"{self.title} could not save the old contents: {error}") from error
+
+
+def _forget_result(task: "asyncio.Task[None]") -> None:
+    """Look at the outcome, so that a failure which nobody waits for is not reported as unseen."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,113 @@
+"""Scratch: where saved clusters go, with a limit on how much.
+
+A sparse file as long as the source, each cluster at its own offset. In a directory the file
+has no name: it is gone with the last descriptor, so that no crash can leave one behind.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.block.device import BlockDevice, ReadableBuffer
+from nbdbackup.block.file import FileDevice
+from nbdbackup.block.filter import FilterDevice
+from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
+from nbdbackup.extents import Extent
+
+
+class Scratch(FilterDevice):
+    """Bounds what is stored in `child` to `bytes_max` (None: no bound), in whole clusters."""
+
+    def __init__(self, child: BlockDevice, cluster_bytes: int, bytes_max: int | None, title: str) -> None:
+        super().__init__(child)
+        self.bytes_max = bytes_max
+        self._title = title
+        self._stored = ClusterBitmap(child.size, cluster_bytes)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of saved clusters that are held now."""
+        return len(self._stored) * self._stored.cluster_bytes
+
+    async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
+        self._reserve(Extent(offset, len(data)))
+        await self.child.write(offset, data, fua)
+
+    def write_nowait(self, offset: int, data: ReadableBuffer) -> bool:
+        area = Extent(offset, len(data))
+        self._check_room(area)
+        if not self.child.write_nowait(offset, data):
+            return False
+        self._stored.set(area)
+        return True
+
+    async def trim(self, offset: int, length: int, fua: bool = False) -> None:
+        await self.child.trim(offset, length, fua)
+        self._stored.clear(Extent(offset, length))
+
+    def offload_fd(self) -> int | None:
+        """None: what is stored must be counted."""
+        return None
+
+    def _reserve(self, area: Extent) -> None:
+        # Set before the write: clusters being written at the same time must fit together.
+        self._check_room(area)
+        self._stored.set(area)
+
+    def _check_room(self, area: Extent) -> None:
+        if self.bytes_max is None:
+            return
+        new = area.length - self._stored.bytes_set(area)
+        if self.bytes_used + new > self.bytes_max:
+            raise DeviceError(
+                errno.ENOSPC,
+                f"{self._title} is full: {self.bytes_used} of {self.bytes_max} bytes used (scratch-max)",
+            )
+
+
+def open_scratch(place: Path, size: int, cluster_bytes: int, bytes_max: int | None, title: str) -> Scratch:
+    """Make scratch for a source of `size` bytes in directory `place`, or as the new file `place`.
+
+    Raises:
+        ConflictError: the file exists already. NotFoundError: there is no such directory.
+        DeviceError: the file cannot be made there.
+    """
+    try:
+        if place.is_dir():
+            fd = _open_nameless(place)
+        else:
+            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            # The name only served to say where.
+            place.unlink()
+    except FileExistsError:
+        raise ConflictError(f"scratch file {place} exists already: name a new file or a directory") from None
+    except FileNotFoundError:
+        raise NotFoundError(f"no directory for scratch at {place}: make it, or name another") from None
+    except OSError as error:
+        raise DeviceError(
+            error.errno or errno.EIO, f"cannot make scratch in {place}: {error.strerror}"
+        ) from error
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise DeviceError(
+            error.errno or errno.EIO,
+            f"cannot make scratch of {size} bytes in {place}: {error.strerror}; name another directory",
+        ) from error
+    device = FileDevice(fd, title, size)
+    return Scratch(device, cluster_bytes, bytes_max, title)
+
+
+def _open_nameless(directory: Path) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+            raise
+    path = directory / f".nbdbackup-scratch-{os.getpid()}-{os.urandom(4).hex()}"
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    path.unlink()
+    return fd

@@ -1,0 +1,130 @@
+"""SnapshotAccess: the read-only view of one point in time.
+
+A cluster that was saved is read from scratch. Any other is read from the source with its
+range *frozen*: overlapping client writes wait until that read has ended.
+
+Invariant 2: a read returns the bytes of the point in time or an error, never newer bytes. The
+snapshot may break, or the range may be discarded, while a read is under way; so both are
+looked at again *after* the read (defect j of QEMU 10's snapshot-access).
+
+Discarding through the view gives scratch back and ends copy-before-write for the whole
+clusters in the range; reading them afterwards is an error.
+
+Follows QEMU's block/snapshot-access.c; the terms are the same.
+"""
+
+import errno
+
+from nbdbackup.block.device import BlockDevice, Features, ReadableBuffer, WritableBuffer
+from nbdbackup.errors import DeviceError, SnapshotError
+from nbdbackup.extents import Extent, StatusExtent, merge_status
+from nbdbackup.fleece.copy_before_write import CopyBeforeWrite
+
+STATUS_EXTENTS_MAX = 1024
+
+
+class SnapshotAccess(BlockDevice):
+    """The bytes of `filter_`'s source when it was put in place; `scratch` has the saved ones."""
+
+    def __init__(self, filter_: CopyBeforeWrite, scratch: BlockDevice) -> None:
+        self.size = filter_.size
+        self.read_only = True
+        self.features = Features(trim=True)
+        self._filter = filter_
+        self._copy = filter_.block_copy
+        self._scratch = scratch
+        # Changes while running.
+        self._dropped = False
+
+    def __str__(self) -> str:
+        return self._filter.title
+
+    async def read(self, offset: int, buffer: WritableBuffer) -> None:
+        view = memoryview(buffer)
+        area = Extent(offset, len(view))
+        self._check_readable(area)
+        position = offset
+        while position < area.end:
+            run, saved = self._next_run(Extent(position, area.end - position))
+            piece = view[run.offset - offset : run.end - offset]
+            if saved:
+                await self._scratch.read(run.offset, piece)
+            else:
+                with self._filter.frozen_reads.hold(run):
+                    await self._filter.child.read(run.offset, piece)
+            position = run.end
+        self._check_readable(area)
+
+    def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
+        # Atomic: no task runs in between, and a write that is under way in a thread has
+        # had its clusters saved before it started.
+        if not len(buffer):
+            return True
+        area = Extent(offset, len(buffer))
+        self._check_readable(area)
+        run, saved = self._next_run(area)
+        if run != area:
+            return False
+        return (self._scratch if saved else self._filter.child).read_nowait(offset, buffer)
+
+    async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
+        area = Extent(offset, length)
+        self._check_readable(area)
+        found: list[StatusExtent] = []
+        position = offset
+        while position < area.end and len(found) < STATUS_EXTENTS_MAX:
+            run, saved = self._next_run(Extent(position, area.end - position))
+            if saved:
+                status = await self._scratch.block_status(run.offset, run.length)
+            else:
+                with self._filter.frozen_reads.hold(run):
+                    status = await self._filter.child.block_status(run.offset, run.length)
+            found += status
+            position += sum(extent.length for extent in status)
+        self._check_readable(area)
+        return merge_status(found)
+
+    async def trim(self, offset: int, length: int, fua: bool = False) -> None:
+        """Give up the whole clusters of the range: see the module's docstring."""
+        area = self._copy.discard(Extent(offset, length))
+        if area.length:
+            # A copy in flight would fill the space again; a write that waits for it goes on after.
+            await self._copy.in_flight.wait_no_conflict(area)
+            await self._scratch.trim(area.offset, area.length)
+
+    async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
+        raise self._read_only_error()
+
+    async def write_zeroes(
+        self, offset: int, length: int, may_unmap: bool = True, fast: bool = False, fua: bool = False
+    ) -> None:
+        raise self._read_only_error()
+
+    async def flush(self) -> None:
+        """Nothing is ever written here."""
+
+    def end(self) -> None:
+        """The snapshot was dropped: every later read is an error, as is one under way."""
+        self._dropped = True
+
+    def _next_run(self, area: Extent) -> tuple[Extent, bool]:
+        """The longest head of `area` that is all saved (True) or all not saved (False)."""
+        saved = self._copy.done.any(area.offset, 1)
+        find_end = self._copy.done.next_clear if saved else self._copy.done.next_set
+        stop = find_end(area)
+        end = min(stop.offset, area.end) if stop is not None else area.end
+        return Extent(area.offset, end - area.offset), saved
+
+    def _check_readable(self, area: Extent) -> None:
+        if self._dropped:
+            raise SnapshotError(errno.EIO, f"{self} was dropped")
+        cause = self._filter.broken
+        if cause is not None:
+            raise SnapshotError(errno.EIO, f"{self} is broken: {cause.strerror or cause}")
+        if area.length and not self._copy.access.all(area.offset, area.length):
+            raise SnapshotError(
+                errno.EACCES, f"{self} was discarded at offset {area.offset}, {area.length} bytes"
+            )
+
+    def _read_only_error(self) -> DeviceError:
+        return DeviceError(errno.EROFS, f"{self} is read-only")

@@ -1,0 +1,98 @@
+"""Snapshots: taking points in time, of one node or of several at the same instant.
+
+    client -> Node "disk" -> CopyBeforeWrite ------------> file
+                                  | saved clusters          ^ frozen reads
+                                  v                         |
+                               Scratch <- SnapshotAccess ---' <- Node "disk@s1" <- client
+
+Several snapshots of a node are several filters on it; the newest is on top. Each stands for
+itself and can be dropped in any order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from nbdbackup.block.device import BlockDevice
+from nbdbackup.block.node import Node, drained
+from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT, BlockCopy
+from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
+from nbdbackup.fleece.scratch import Scratch
+from nbdbackup.fleece.snapshot_access import SnapshotAccess
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPlan:
+    """What a snapshot will be: of `node`, called `name`, with `scratch` open and ready."""
+
+    node: Node
+    name: str
+    scratch: Scratch
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    cbw_timeout_s: float = 0
+
+    @property
+    def export_name(self) -> str:
+        """`NODE@NAME`."""
+        return f"{self.node.name}@{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """One live point in time; `view` is the node to read it from."""
+
+    plan: SnapshotPlan
+    block_copy: BlockCopy
+    filter: CopyBeforeWrite
+    access: SnapshotAccess
+    view: Node
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def export_name(self) -> str:
+        """`NODE@NAME`."""
+        return self.plan.export_name
+
+    @property
+    def broken(self) -> OSError | None:
+        """Why it can't be read any more, or None."""
+        return self.filter.broken
+
+    async def drop(self) -> None:
+        """Take the filter out, wait for everything that still uses the snapshot, free scratch.
+
+        Whoever reads the view afterwards, or is waiting in a read, gets an error.
+        """
+        node = self.plan.node
+        self.access.end()
+        async with drained(node):
+            node.remove(self.filter)
+        async with drained(self.view):
+            pass
+        await self.filter.wait_copies_ended()
+        await self.block_copy.close()
+        await self.plan.scratch.close()
+
+
+async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
+    """Take one snapshot per plan, all at one instant at which no client write is in flight.
+
+    Invariant 3. Cannot fail half way: whatever can fail (scratch) was done for the plans.
+    """
+    async with drained(*(plan.node for plan in plans)):
+        return [_insert(plan) for plan in plans]
+
+
+def _insert(plan: SnapshotPlan) -> Snapshot:
+    below: BlockDevice = plan.node.child
+    block_copy = BlockCopy(below, plan.scratch, CLUSTER_BYTES_DEFAULT, target_zeroed=True)
+    filter_ = CopyBeforeWrite(
+        below,
+        block_copy,
+        title=f"snapshot {plan.export_name}",
+        on_cbw_error=plan.on_cbw_error,
+        cbw_timeout_s=plan.cbw_timeout_s,
+    )
+    plan.node.push(filter_)
+    access = SnapshotAccess(filter_, plan.scratch)
+    return Snapshot(plan, block_copy, filter_, access, Node(plan.export_name, access, read_only=True))
