@@ -1,0 +1,37 @@
+"""Fixtures and collection rules for all tests."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import Server
+
+ServeFunction = Callable[..., Server]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what loads the whole machine on one xdist worker, so that two such never meet."""
+    for item in items:
+        if item.get_closest_marker("kernel") or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("heavy"))
+
+
+@pytest.fixture
+def serve() -> Iterator[ServeFunction]:
+    """Starts `nbdbackup serve`; stops every server at the end of the test and checks that it ended well."""
+    with ExitStack() as stack:
+
+        def start(
+            sources: Mapping[str, Path] | None = None,
+            options: Sequence[str] = (),
+            unix: bool = True,
+            tcp: bool = True,
+            state_dir: Path | None = None,
+            **more: Path,
+        ) -> Server:
+            server = Server({**(sources or {}), **more}, options, unix, tcp, state_dir)
+            return stack.enter_context(server)
+
+        yield start
