@@ -7,7 +7,7 @@ Every verb is a module here with two functions:
                         on that, and returns the exit status
 
 Law: a Namespace goes no further than `run`. Errors are raised (`nbdbackup.errors`) and
-become one line and an exit status in `main.py`, nowhere else.
+become one line and an exit status in `failures.py`, nowhere else.
 
 `main.py` imports only the module of the verb that was asked for, so a module may import
 whatever its verb needs; rich, which is slow to import, only where it draws.

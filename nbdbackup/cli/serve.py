@@ -1,0 +1,235 @@
+"""`nbdbackup serve`: its options, spoken as qemu-nbd's, become a ServeOptions."""
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+
+from nbdbackup import daemon
+from nbdbackup.cli import logs
+from nbdbackup.cli.failures import guarded
+from nbdbackup.cli.fork import run_detached
+from nbdbackup.cli.parser import Parser, Verbs, add_verbose, control_path, count, only, state_directory
+from nbdbackup.daemon import ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 10809
+NAME_BYTES_MAX = 255
+DESCRIPTION_BYTES_MAX = 4096
+SOCKET_PATH_BYTES_MAX = 107
+
+DESCRIPTION = """\
+Serve files and block devices over NBD until stopped by SIGTERM or SIGINT.
+
+Client writes go to SOURCE itself. SOURCE is locked against other writers (another
+nbdbackup, QEMU, qemu-nbd). Prints 'listening on URI' for every address once clients
+can connect. There is no encryption and no authentication: whoever can connect can read
+and write, so a TCP address other than this machine's own needs a network you trust."""
+
+EPILOG = """\
+examples:
+  nbdbackup serve disk=/var/lib/images/vm.img
+  nbdbackup serve -k /run/vm.sock root=/dev/vg/root data=/dev/vg/data"""
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add `serve`."""
+    parser = verbs.add_parser("serve", help="serve disks over NBD", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="[NAME=]SOURCE",
+        help="a raw file or a block device; NAME, of the node and the export, defaults to the file's name "
+        "without its extension (for a path with '=' in it: NAME=PATH or ./PATH)",
+    )
+    parser.add_argument("-x", "--export-name", metavar="NAME", help="the NAME, when there is one SOURCE")
+    parser.add_argument(
+        "-f",
+        "--format",
+        type=only("format", "raw", ("qcow2", "qcow", "vmdk", "vdi", "vhdx", "vpc", "luks", "qed")),
+        metavar="raw",
+        help="serve the bytes of SOURCE as they are, also when they look like an image format",
+    )
+    _add_listeners(parser)
+    parser.add_argument(
+        "-r", "--read-only", action="store_true", help="refuse every write; SOURCE is opened so"
+    )
+    parser.add_argument(
+        "-e", "--shared", type=count, default=0, metavar="N", help="clients at once (default 0: no limit)"
+    )
+    parser.add_argument("-D", "--description", default="", metavar="TEXT", help="told to clients that ask")
+    parser.add_argument(
+        "--discard",
+        choices=("unmap", "ignore"),
+        default="unmap",
+        help="unmap (default): trims give space back; ignore: they do nothing, and zeroes stay allocated",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="scratch files of snapshots live here; one server for each (default: "
+        "$XDG_STATE_HOME/nbdbackup, ~/.local/state/nbdbackup, for root /var/lib/nbdbackup)",
+    )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="PATH",
+        help="control socket, QMP, mode 0600 (default: $NBDBACKUP_CONTROL, else "
+        "$XDG_RUNTIME_DIR/nbdbackup/control.sock, else /run/nbdbackup/control.sock)",
+    )
+    parser.add_argument("--pid-file", type=Path, metavar="FILE", help="write the process id here when ready")
+    parser.add_argument(
+        "--fork",
+        action="store_true",
+        help="go to the background when ready; logging goes on only if standard error is a file",
+    )
+    parser.add_argument(
+        "--run",
+        dest="run_command",
+        metavar="CMD",
+        help="run CMD in a shell with $uri set, and serve until it ends",
+    )
+    parser.add_argument("--exit-on-last", action="store_true", help="leave when the last client has left")
+    parser.add_argument(
+        "-t", "--persistent", action="store_true", help="go on when the last client has left (the default)"
+    )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
+    add_verbose(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_listeners(parser: Parser) -> None:
+    parser.add_argument("-b", "--bind", metavar="ADDR", help=f"TCP address (default {DEFAULT_HOST})")
+    parser.add_argument(
+        "-p",
+        "--port",
+        type=count,
+        metavar="PORT",
+        help=f"TCP port (default {DEFAULT_PORT}; 0 picks a free one)",
+    )
+    parser.add_argument(
+        "-k", "--socket", metavar="PATH", help="Unix socket; then no TCP unless -b or -p is given too"
+    )
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Serve as the command line says."""
+    options = serve_options(namespace)
+    logs.set_up(namespace.log_format, namespace.verbose)
+    if namespace.fork:
+        return run_detached(lambda: guarded(lambda: run_server(options), namespace.verbose))
+    return run_server(options)
+
+
+def run_server(options: ServeOptions) -> int:
+    """Serve in an event loop, uvloop's if that is installed."""
+    loop_factory = None
+    try:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    except ImportError:
+        pass
+    try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(daemon.serve(options))
+    except NotFoundError as error:
+        # Exit status 10 means that no server was found. Here a source is missing.
+        raise NbdBackupError(str(error)) from error
+
+
+def serve_options(namespace: argparse.Namespace) -> ServeOptions:
+    """The options that `namespace` stands for, paths made absolute.
+
+    Raises:
+        UsageError: they contradict each other, or a name is not one.
+    """
+    if namespace.export_name is not None and len(namespace.sources) > 1:
+        raise UsageError("-x/--export-name is for one SOURCE; write NAME=SOURCE for each of several")
+    if namespace.persistent and namespace.exit_on_last:
+        raise UsageError("-t/--persistent and --exit-on-last contradict each other")
+    if namespace.fork and namespace.run_command is not None:
+        raise UsageError(
+            "--fork and --run contradict each other: --run serves in the foreground until CMD ends"
+        )
+    if len(namespace.description.encode()) > DESCRIPTION_BYTES_MAX:
+        raise UsageError(f"-D/--description has at most {DESCRIPTION_BYTES_MAX} bytes")
+    return ServeOptions(
+        sources=_sources(namespace.sources, namespace.export_name, namespace.format),
+        listeners=_listeners(namespace.bind, namespace.port, namespace.socket),
+        control=_socket_path("--control", str(control_path(namespace.control))),
+        state_dir=state_directory(namespace.state_dir).absolute(),
+        read_only=namespace.read_only,
+        clients_max=namespace.shared,
+        description=namespace.description,
+        discard=namespace.discard,
+        pid_file=namespace.pid_file and namespace.pid_file.absolute(),
+        run_command=namespace.run_command,
+        exit_on_last=namespace.exit_on_last,
+    )
+
+
+def _sources(
+    arguments: list[str], export_name: str | None, image_format: str | None
+) -> tuple[SourceSpec, ...]:
+    sources: list[SourceSpec] = []
+    for argument in arguments:
+        source = _source(argument, export_name, image_format)
+        if any(other.name == source.name for other in sources):
+            raise UsageError(f"two sources are called '{source.name}'; name them: NAME=SOURCE")
+        sources.append(source)
+    return tuple(sources)
+
+
+def _source(argument: str, export_name: str | None, image_format: str | None) -> SourceSpec:
+    name, equals, path = argument.partition("=")
+    if not equals or "/" in name:
+        name, path = "", argument
+    elif not name:
+        raise UsageError(f"'{argument}' has an empty NAME before its '='")
+    if not path:
+        raise UsageError(f"'{argument}' names no file: NAME=SOURCE")
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme.removesuffix("+unix") in ("nbd", "nbds"):
+        raise UsageError(
+            f"this version does not serve remote disks yet, only files and block devices: {path}"
+        )
+    if name and export_name is not None:
+        raise UsageError(f"-x/--export-name and the NAME in '{argument}' contradict each other")
+    name = export_name or name or Path(path).stem
+    _check_name(name, path)
+    return SourceSpec(name, os.path.abspath(path), image_format)
+
+
+def _check_name(name: str, path: str) -> None:
+    """Refuse names that snapshots (NODE@NAME) or their scratch files could not be named after."""
+    if not name or "@" in name or "/" in name or not name.isprintable() or name in (".", ".."):
+        raise UsageError(
+            f"'{name}' cannot be a NAME: it has no '@', '/' or unprintable character; NAME={path}"
+        )
+    if len(name.encode(errors="surrogateescape")) > NAME_BYTES_MAX:
+        raise UsageError(f"a NAME has at most {NAME_BYTES_MAX} bytes: '{name[:20]}...'")
+
+
+def _listeners(
+    host: str | None, port: int | None, socket_path: str | None
+) -> tuple[TcpAddress | UnixAddress, ...]:
+    listeners: list[TcpAddress | UnixAddress] = []
+    if socket_path is not None:
+        listeners.append(UnixAddress(str(_socket_path("-k/--socket", socket_path))))
+    if not listeners or host is not None or port is not None:
+        if port is not None and port > 65535:
+            raise UsageError(f"-p/--port {port} is not a TCP port")
+        listeners.append(TcpAddress(host or DEFAULT_HOST, DEFAULT_PORT if port is None else port))
+    return tuple(listeners)
+
+
+def _socket_path(option: str, path: str) -> Path:
+    absolute = os.path.abspath(path)
+    if not path or len(os.fsencode(absolute)) > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(
+            f"{option}: the path of a Unix socket has 1 to {SOCKET_PATH_BYTES_MAX} bytes: '{absolute}'"
+        )
+    return Path(absolute)
