@@ -17,8 +17,7 @@ while their clients go on writing."""
 
 EPILOG = """\
 exit status: 0 done; 1 failed; 2 wrong usage; 10 no such server, node, snapshot or job;
-130 interrupted. Sizes and rates: 512, 64K, 1M, 2G (powers of 1024).
-
+130 interrupted. Sizes and rates: 512, 64K, 1M, 2G (powers of 1024)."""
 
 
 def build_parser(verbs: Sequence[str] = VERBS) -> Parser:
