@@ -7,7 +7,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 from nbdbackup.cli.sizes import parse_size
 from nbdbackup.errors import UsageError
@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-Verbs = argparse._SubParsersAction[Parser]
+# The class is generic for type checkers only.
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def argument_type(convert: Callable[[str], T], name: str) -> Callable[[str], T]:
