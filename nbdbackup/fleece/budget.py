@@ -14,6 +14,11 @@ class ByteBudget:
         self._free = bytes_max
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    @property
+    def bytes_used(self) -> int:
+        """How much is handed out now."""
+        return self.bytes_max - self._free
+
     @asynccontextmanager
     async def take(self, length: int) -> AsyncIterator[None]:
         """Hold `length` bytes for the length of the block."""
@@ -29,20 +34,22 @@ class ByteBudget:
             self._free -= length
             return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (length, granted)
-        self._waiting.append(entry)
+        self._waiting.append((length, granted))
         try:
             await granted
         except asyncio.CancelledError:
-            if granted.done() and not granted.cancelled():
-                self._give_back(length)
-            else:
-                self._waiting.remove(entry)
+            # Granted in the same turn of the loop: nobody will use it. Otherwise those behind may fit now.
+            self._give_back(0 if granted.cancelled() else length)
             raise
 
     def _give_back(self, length: int) -> None:
         self._free += length
-        while self._waiting and self._waiting[0][0] <= self._free:
-            taken, granted = self._waiting.popleft()
-            self._free -= taken
-            granted.set_result(None)
+        while self._waiting:
+            wanted, granted = self._waiting[0]
+            # Whose task is cancelled leaves its future cancelled before it runs again itself.
+            if not granted.cancelled():
+                if wanted > self._free:
+                    return
+                self._free -= wanted
+                granted.set_result(None)
+            self._waiting.popleft()
