@@ -1,0 +1,436 @@
+"""Job: a long operation that users can watch, pause, slow down, cancel and finalize.
+
+A subclass does the work in `run`; everything else about being a job is here. The life
+of one job, whatever happens on the way:
+
+    run -> prepare -> commit -> clean      it succeeded
+    run -> [prepare] -> abort -> clean     it failed, or was cancelled
+
+`run` and `prepare` can be cancelled at any await. `commit`, `abort` and `clean` always run to
+their ends, also when the whole daemon is being torn down around them.
+
+Law for whoever edits this: the state changes in `_enter` alone, and verbs act at once or
+raise; none of them waits.
+
+The states are QEMU's (`job/states.py`), and so are the events, their order and the error texts.
+"""
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from nbdbackup.errors import ConflictError, CopyError, Side, UsageError
+from nbdbackup.job.events import Event, JobFigures, block_job_error, block_job_pending, job_status_change
+from nbdbackup.job.failures import describe, failure_in
+from nbdbackup.job.rate_limit import RateLimit
+from nbdbackup.job.states import TRANSITIONS, VERBS, JobStatus, JobVerb
+
+logger = logging.getLogger(__name__)
+
+CANCELLED_TEXT = "Operation canceled"
+
+
+class Job(ABC):
+    """One job; create it, then `JobRegistry.add` and `JobRegistry.start` it.
+
+    Set once: `id`, `type`, `device` (the node that it works on), `auto_finalize`, `auto_dismiss`.
+    Changing while it runs: `status`, `error`, `current_progress` and `total_progress` (bytes).
+    """
+
+    type: str = "backup"
+
+    def __init__(
+        self,
+        job_id: str,
+        device: str,
+        *,
+        speed: int = 0,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if speed < 0:
+            _refuse_speed()
+        self.id = job_id
+        self.device = device
+        self.auto_finalize = auto_finalize
+        self.auto_dismiss = auto_dismiss
+        # Changing while it runs.
+        self.status = JobStatus.UNDEFINED
+        self.error: str | None = None
+        self.current_progress = 0
+        self.total_progress = 0
+        self._limit = RateLimit(speed, clock)
+        self._kick = asyncio.Event()
+        self._pause_asked = False
+        self._workers = 0
+        self._workers_paused = 0
+        self._workers_throttled = 0
+        self._cancel_asked = False
+        self._finalize_asked = asyncio.Event()
+        self._concluded = asyncio.Event()
+        self._driver: asyncio.Task[None] | None = None
+        """The task inside `_work`, the stretch that a cancel may interrupt."""
+        self._driver_was_cancelled = False
+        self._is_committing = False
+        # Set by `attach`.
+        self._emit: Callable[[Event], None] = _ignore
+        self._spawn: Callable[[Job], None] = _not_registered
+        self._forget: Callable[[Job], None] = _not_registered
+
+    def __str__(self) -> str:
+        return f"job '{self.id}'"
+
+    # What a subclass does.
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Do the work, with a `pause_point` or `throttle` between steps.
+
+        Raises:
+            NbdBackupError, OSError: the job failed; also a group of them, from workers.
+        """
+
+    async def prepare(self) -> None:  # noqa: B027 - many jobs have nothing to do here
+        """The last step that may fail the job, like `run`: what makes the result final."""
+
+    async def commit(self) -> None:  # noqa: B027
+        """The job has succeeded. Must not fail."""
+
+    async def abort(self) -> None:  # noqa: B027
+        """The job has failed or was cancelled: undo what `run` and `prepare` did. Must not fail."""
+
+    async def clean(self) -> None:  # noqa: B027
+        """Give up what is held, after `commit` or `abort`. Must not fail."""
+
+    # For `run`.
+
+    @contextmanager
+    def worker(self) -> Iterator[None]:
+        """One of several concurrent workers is between here and there.
+
+        The job counts as paused when all of its workers wait in `pause_point` or `throttle`; a `run`
+        that does its steps one after the other needs no `worker`.
+        """
+        self._workers += 1
+        try:
+            yield
+        finally:
+            self._workers -= 1
+            self._settle_pause()
+
+    async def pause_point(self) -> None:
+        """Return when the job is not paused. No I/O of this worker may be in flight."""
+        while self._pause_asked:
+            self._workers_paused += 1
+            self._settle_pause()
+            try:
+                await self._kick.wait()
+            finally:
+                self._workers_paused -= 1
+                self._settle_pause()
+
+    async def throttle(self, length: int) -> None:
+        """Return when `length` bytes may be copied, and account for them. Also a `pause_point`."""
+        while True:
+            await self.pause_point()
+            delay_s = self._limit.delay_s()
+            if delay_s <= 0:
+                break
+            await self._wait_kick(delay_s)
+        # No await since delay_s: two workers must not use the same quota.
+        self._limit.account(length)
+
+    def account(self, length: int) -> None:
+        """Count `length` bytes against the rate limit without waiting: a client had them copied."""
+        self._limit.account(length)
+
+    def progress_add(self, length: int) -> None:
+        """`length` bytes more are done."""
+        self.current_progress += length
+
+    def progress_set_total(self, length: int) -> None:
+        """There are `length` bytes to do in all."""
+        self.total_progress = length
+
+    def report_error(self, side: Side, action: str = "report") -> None:
+        """Tell the world of an I/O error and what the job does about it: report, ignore or stop."""
+        operation = "read" if side is Side.SOURCE else "write"
+        self._emit(block_job_error(self.id, operation, action))
+
+    # What can be asked.
+
+    @property
+    def speed(self) -> int:
+        """The rate limit in bytes per second; 0 is none."""
+        return self._limit.speed
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a user asked for a pause; `status` says whether the job has come to rest."""
+        return self._pause_asked
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the job is at work, and not held up by a pause or its rate limit."""
+        working = self.status in (JobStatus.RUNNING, JobStatus.READY)
+        return working and self._workers_throttled < max(1, self._workers)
+
+    @property
+    def is_cancellable(self) -> bool:
+        """Whether `cancel` would be accepted."""
+        return self.status in VERBS[JobVerb.CANCEL] and not self._is_committing
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the job was told to cancel."""
+        return self._cancel_asked
+
+    async def wait_concluded(self) -> None:
+        """Return when the job is over and cleaned up; `error` is None if it succeeded."""
+        await self._concluded.wait()
+
+    # Verbs: what a user may tell the job.
+
+    def cancel(self) -> None:
+        """Stop the job and undo its work; `wait_concluded` tells when that is done."""
+        self._check_verb(JobVerb.CANCEL)
+        if self._is_committing:
+            raise ConflictError(f"Job '{self.id}' has succeeded already and is being finalized")
+        if self._cancel_asked:
+            return
+        self._cancel_asked = True
+        self._pause_asked = False
+        self._leave_pause()
+        if self.status is JobStatus.CREATED:
+            self._spawn(self)
+        elif self._driver is not None:
+            self._driver.cancel()
+            self._driver_was_cancelled = True
+
+    def pause(self) -> None:
+        """Come to rest at the next pause point; work in flight ends first."""
+        self._check_verb(JobVerb.PAUSE)
+        if self._pause_asked:
+            raise ConflictError("Job is already paused")
+        self._pause_asked = True
+        self._kick_waiters()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        if not self._pause_asked:
+            raise ConflictError("Can't resume a job that was not paused")
+        self._check_verb(JobVerb.RESUME)
+        self._pause_asked = False
+        self._leave_pause()
+        self._kick_waiters()
+
+    def set_speed(self, speed: int) -> None:
+        """Limit the job to `speed` bytes per second from now on; 0 is no limit."""
+        self._check_verb(JobVerb.SET_SPEED)
+        if speed < 0:
+            _refuse_speed()
+        self._limit.set_speed(speed)
+        self._kick_waiters()
+
+    def complete(self) -> None:
+        """Tell a ready job to come to its end. No backup is ever ready."""
+        self._check_verb(JobVerb.COMPLETE)
+        raise UsageError(f"The active block job '{self.id}' cannot be completed")
+
+    def finalize(self) -> None:
+        """Let a job with `auto_finalize=False` go on from pending."""
+        self._check_verb(JobVerb.FINALIZE)
+        self._finalize_asked.set()
+
+    def dismiss(self) -> None:
+        """Forget a concluded job."""
+        self._check_verb(JobVerb.DISMISS)
+        self._forget(self)
+        self._enter(JobStatus.NULL)
+
+    # For the registry.
+
+    def attach(
+        self,
+        emit: Callable[[Event], None],
+        spawn: "Callable[[Job], None]",
+        forget: "Callable[[Job], None]",
+    ) -> None:
+        """Become a created job of a registry."""
+        self._emit = emit
+        self._spawn = spawn
+        self._forget = forget
+        self._enter(JobStatus.CREATED)
+
+    def discard(self) -> None:
+        """Give up a job that was created but will not be started."""
+        self._forget(self)
+        self._enter(JobStatus.NULL)
+
+    def begin(self) -> None:
+        """Enter running; `drive` follows in a task."""
+        self._enter(JobStatus.RUNNING)
+        self._spawn(self)
+
+    async def drive(self) -> None:
+        """The job's task: from running (or cancelled while created) to concluded."""
+        torn_down: asyncio.CancelledError | None = None
+        try:
+            succeeded = await self._works()
+        except asyncio.CancelledError as error:
+            torn_down, succeeded = error, False
+        await _to_the_end(self._settle(succeeded))
+        if torn_down is not None:
+            raise torn_down
+
+    # How it goes.
+
+    async def _works(self) -> bool:
+        """Run and prepare; whether that succeeded. `error` is set if not.
+
+        Raises CancelledError only if somebody else than `cancel` cancelled the task.
+        """
+        if self._cancel_asked:
+            self.error = CANCELLED_TEXT
+            return False
+        task = asyncio.current_task()
+        assert task is not None
+        self._driver = task
+        try:
+            await self._work()
+        except asyncio.CancelledError:
+            if not self._cancel_asked:
+                self._cancel_asked = True
+                self.error = CANCELLED_TEXT
+                raise
+        except Exception as error:
+            self._note_failure(error)
+        finally:
+            self._driver = None
+            if self._driver_was_cancelled:
+                task.uncancel()
+        if self._cancel_asked:
+            self.error = CANCELLED_TEXT
+        return self.error is None
+
+    async def _work(self) -> None:
+        await self.run()
+        if self._cancel_asked:
+            return
+        self._pause_asked = False
+        self._enter(JobStatus.WAITING)
+        self._enter(JobStatus.PENDING)
+        if not self.auto_finalize:
+            self._emit(block_job_pending(self.id, self.type))
+            await self._finalize_asked.wait()
+        await self.prepare()
+
+    async def _settle(self, succeeded: bool) -> None:
+        """Commit or abort, clean, and conclude."""
+        assert succeeded == (self.error is None)
+        if succeeded:
+            self._is_committing = True
+            await self._call(self.commit)
+        else:
+            self._enter(JobStatus.ABORTING)
+            await self._call(self.abort)
+        await self._call(self.clean)
+        figures = JobFigures(self.id, self.type, self.total_progress, self.current_progress, self.speed)
+        self._emit(figures.cancelled() if self._cancel_asked else figures.completed(self.error))
+        self._enter(JobStatus.CONCLUDED)
+        self._concluded.set()
+        if self.auto_dismiss:
+            self.dismiss()
+
+    async def _call(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Call a hook that must not fail; if it does, be loud and go on."""
+        try:
+            await hook()
+        except Exception as error:
+            logger.exception("%s: %s failed", self, getattr(hook, "__name__", "a hook"))
+            self.error = self.error or f"internal error: {describe(error)}"
+
+    def _note_failure(self, error: Exception) -> None:
+        failure = failure_in(error)
+        if failure is None:
+            logger.error("%s: internal error", self, exc_info=error)
+            self.error = f"internal error: {type(error).__name__}: {describe(error)}"
+            return
+        self.error = describe(failure)
+        if isinstance(failure, CopyError) and not self._cancel_asked:
+            self.report_error(failure.side)
+
+    def _enter(self, status: JobStatus) -> None:
+        assert status in TRANSITIONS[self.status], f"{self}: {self.status} -> {status}"
+        self.status = status
+        self._emit(job_status_change(self.id, status.value))
+
+    def _check_verb(self, verb: JobVerb) -> None:
+        if self.status not in VERBS[verb]:
+            raise ConflictError(
+                f"Job '{self.id}' in state '{self.status.value}' cannot accept command verb '{verb.value}'"
+            )
+
+    # Waiting and being woken.
+
+    def _settle_pause(self) -> None:
+        """Make `status` true again after a worker came to rest, went on or left."""
+        resting = self._pause_asked and 0 < self._workers_paused >= self._workers
+        if not resting:
+            self._leave_pause()
+        elif self.status is JobStatus.RUNNING:
+            self._enter(JobStatus.PAUSED)
+        elif self.status is JobStatus.READY:
+            self._enter(JobStatus.STANDBY)
+
+    def _leave_pause(self) -> None:
+        if self.status is JobStatus.PAUSED:
+            self._enter(JobStatus.RUNNING)
+        elif self.status is JobStatus.STANDBY:
+            self._enter(JobStatus.READY)
+
+    async def _wait_kick(self, timeout_s: float) -> None:
+        self._workers_throttled += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._kick.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._workers_throttled -= 1
+
+    def _kick_waiters(self) -> None:
+        """Wake whoever waits in `pause_point` or `throttle`, to look again."""
+        self._kick.set()
+        self._kick = asyncio.Event()
+
+
+async def _to_the_end(work: Awaitable[None]) -> None:
+    """Await `work` to its end however often this task is cancelled; then let the cancel through."""
+    task = asyncio.ensure_future(work)
+    torn_down: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            torn_down = error
+    task.result()
+    if torn_down is not None:
+        raise torn_down
+
+
+def _refuse_speed() -> NoReturn:
+    raise UsageError("Parameter 'speed' expects a non-negative value")
+
+
+def _ignore(event: Event) -> None:
+    del event
+
+
+def _not_registered(job: Job) -> None:
+    raise AssertionError(f"{job} belongs to no registry")

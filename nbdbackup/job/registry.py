@@ -1,0 +1,105 @@
+"""Every job of the daemon by its id, and who listens to their events."""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+
+from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.job.events import Event
+from nbdbackup.job.job import Job
+from nbdbackup.job.states import JobStatus
+
+Listener = Callable[[Event], None]
+
+JOBS_MAX = 1024
+"""More live and undismissed jobs than this are refused."""
+
+_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
+
+
+class JobRegistry:
+    """The jobs from created to null; each runs as a task of `tasks`."""
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self._tasks = tasks
+        self._jobs: dict[str, Job] = {}
+        self._listeners: list[Listener] = []
+        self._next_number = 1
+
+    def __iter__(self) -> Iterator[Job]:
+        """The jobs, the oldest first."""
+        return iter(list(self._jobs.values()))
+
+    def new_id(self, requested: str | None = None) -> str:
+        """`requested` if a new job may be called that, or a free id if it is None.
+
+        Raises:
+            UsageError: it is not well-formed.
+            ConflictError: there is such a job, or there are too many jobs.
+        """
+        if len(self._jobs) >= JOBS_MAX:
+            raise ConflictError(f"There are {JOBS_MAX} jobs already; dismiss some (job-dismiss)")
+        if requested is None:
+            while (generated := f"backup-{self._next_number}") in self._jobs:
+                self._next_number += 1
+            self._next_number += 1
+            return generated
+        if not _WELL_FORMED.fullmatch(requested):
+            raise UsageError(f"Invalid job ID '{requested}'")
+        if requested in self._jobs:
+            raise ConflictError(f"Job ID '{requested}' already in use")
+        return requested
+
+    def add(self, job: Job) -> None:
+        """List `job` as created. `start`, `discard` or `cancel` of the job must follow.
+
+        Raises:
+            UsageError, ConflictError: as `new_id`.
+        """
+        self.new_id(job.id)
+        self._jobs[job.id] = job
+        job.attach(self._publish, self._spawn, self._forget)
+
+    def start(self, job: Job) -> None:
+        """Let a created job run."""
+        job.begin()
+
+    def discard(self, job: Job) -> None:
+        """Drop a created job that will not be started; none of its hooks is called."""
+        job.discard()
+
+    def get(self, job_id: str) -> Job:
+        """The job called `job_id`.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFoundError("Job not found")
+        return job
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with every event from now on, until the returned function is called."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    async def cancel_all(self) -> None:
+        """Cancel what can be cancelled and return when every job is over."""
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            if job.is_cancellable:
+                job.cancel()
+        for job in jobs:
+            if job.status is not JobStatus.NULL:
+                await job.wait_concluded()
+
+    def _publish(self, event: Event) -> None:
+        for listener in list(self._listeners):
+            listener(event)
+
+    def _spawn(self, job: Job) -> None:
+        self._tasks.create_task(job.drive(), name=f"job-{job.id}")
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.id]
