@@ -1,0 +1,177 @@
+"""What command handlers are given: requests, answers, and the services that do the work.
+
+The handlers translate between QMP and these plain types, and do nothing else. The daemon
+implements the services; a service raises NbdBackupError or OSError for whatever a user
+can cause, with a line for that user, and has then changed nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from nbdbackup.fleece.copy_before_write import OnCbwError
+from nbdbackup.job.registry import JobRegistry
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotOptions:
+    """How a snapshot is kept."""
+
+    name: str | None = None
+    """None: the UTC time, as 20261123T030405Z."""
+    scratch: str | None = None
+    """A directory or file for the saved clusters; None: the state directory."""
+    scratch_bytes_max: int | None = None
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    cbw_timeout_s: float = 0.0
+    """0: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """One live point in time. Sizes are bytes."""
+
+    node: str
+    name: str
+    export: str
+    """`NODE@NAME`."""
+    uris: Sequence[str]
+    created: datetime
+    """UTC."""
+    size: int
+    cluster_size: int
+    scratch_used: int
+    scratch_max: int | None
+    cause: str | None = None
+    """Why it is broken; None: it is not."""
+
+
+class SnapshotService(Protocol):
+    """Points in time of nodes."""
+
+    async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
+        """Take one instant of all `nodes`; all of them or none."""
+
+    async def drop(self, exports: Sequence[str]) -> None:
+        """End the snapshots called `NODE@NAME`; none if one of them does not exist."""
+
+    def list(self) -> Sequence[SnapshotInfo]:
+        """Every live snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPath:
+    """Write the backup to this absolute path: a new file, or `existing` as it is."""
+
+    path: str
+    existing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TargetNode:
+    """Write the backup to this node."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackupRequest:
+    """A backup of `node` as it is now. Sizes are bytes, `speed` is bytes per second (0: no limit)."""
+
+    node: str
+    target: TargetPath | TargetNode
+    sync: str = "full"
+    job_id: str | None = None
+    """None: one is made up."""
+    speed: int = 0
+    workers: int = 8
+    chunk_bytes_max: int = 0
+    """0: as the engine likes."""
+    cluster_bytes_min: int = 0
+    """0: as the engine and the target like; else a power of two."""
+    use_copy_range: bool = True
+    scratch: str = "none"
+    """"none": direct; "auto": direct to local files, else scratch; or a directory."""
+    scratch_bytes_max: int | None = None
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class BackupService(Protocol):
+    """Backup jobs."""
+
+    async def start(self, request: BackupRequest) -> str:
+        """Take the point in time and start the job; its id. The job is listed on return."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileNode:
+    """A new node `name` on the file or block device `filename`."""
+
+    name: str
+    filename: str
+    driver: str = "file"
+    """What the node says it is: file or raw."""
+    read_only: bool = False
+    unmap: bool = True
+    """Whether trim and write_zeroes may give space back."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawNode:
+    """A new node `name` that passes everything on to the node `child`."""
+
+    name: str
+    child: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """A node as it stands. Sizes are bytes."""
+
+    name: str
+    driver: str
+    filename: str
+    size: int
+    read_only: bool
+    allocated: int | None = None
+    """What it takes up on its file system, where that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """An NBD export."""
+
+    name: str
+    node: str
+
+
+class GraphService(Protocol):
+    """Nodes and exports."""
+
+    def nodes(self) -> Sequence[NodeInfo]:
+        """Every node."""
+
+    def exports(self) -> Sequence[ExportInfo]:
+        """Every export."""
+
+    async def add(self, node: FileNode | RawNode) -> None:
+        """Open a node."""
+
+    async def delete(self, name: str) -> None:
+        """Close the node `name`, which nothing may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that commands act on."""
+
+    jobs: JobRegistry
+    snapshots: SnapshotService
+    backups: BackupService
+    graph: GraphService
+    request_shutdown: Callable[[], None]
+    """Begin an orderly end of the daemon; returns at once."""
