@@ -1,0 +1,138 @@
+"""Where a backup goes, and when it may be called one.
+
+A new file is written as `TARGET.partial` and gets its name only when it is complete and on
+the disk: a file called TARGET is a whole backup. An existing image or device is written in place.
+"""
+
+import errno
+import os
+from abc import ABC, abstractmethod
+
+from nbdbackup.block.device import BlockDevice
+from nbdbackup.block.executor import IoExecutor
+from nbdbackup.block.file import FileDevice
+from nbdbackup.block.open import open_device
+from nbdbackup.errors import ConflictError, DeviceError, UsageError
+
+
+class Target(ABC):
+    """`device` to write to; `zeroed` if it reads as zeroes where nothing was written."""
+
+    device: BlockDevice
+    zeroed: bool = False
+
+    @abstractmethod
+    async def complete(self) -> None:
+        """Everything is written: make it durable, and a backup.
+
+        Raises:
+            OSError, ConflictError: it could not be made durable, or not be given its name.
+        """
+
+    @abstractmethod
+    async def discard(self) -> None:
+        """The backup failed: remove what only a whole backup is good for."""
+
+    async def close(self) -> None:
+        """Give up the device."""
+        await self.device.close()
+
+
+class ExistingTarget(Target):
+    """A device or image that is there already; what the backup does not reach keeps its bytes."""
+
+    def __init__(self, device: BlockDevice, *, owned: bool = True) -> None:
+        self.device = device
+        self._owned = owned
+
+    async def complete(self) -> None:
+        await self.device.flush()
+
+    async def discard(self) -> None:
+        """Nothing: it is not ours to remove."""
+
+    async def close(self) -> None:
+        if self._owned:
+            await self.device.close()
+
+
+class NewFileTarget(Target):
+    """A new raw file at `path`."""
+
+    zeroed = True
+
+    def __init__(self, path: str, size: int) -> None:
+        """Create `path`.partial; blocks as open(2) does.
+
+        Raises:
+            ConflictError: `path`, or `path`.partial, exists. NotFoundError: there is no such directory.
+            DeviceError: it can't be created.
+        """
+        self.path = path
+        self.partial = f"{path}.partial"
+        if os.path.lexists(path):
+            raise ConflictError(f"{path} exists already: choose another target, or write into it with -n")
+        self.device = FileDevice.create(self.partial, size)
+        self._executor = IoExecutor("target", threads_max=1)
+        self._named = False
+
+    async def complete(self) -> None:
+        await self.device.flush()
+        await self._executor.run(self._give_name)
+
+    async def discard(self) -> None:
+        await self._executor.run(self._remove)
+
+    async def close(self) -> None:
+        await super().close()
+        self._executor.shutdown()
+
+    def _give_name(self) -> None:
+        try:
+            # Not rename: that would replace a file that came into being meanwhile.
+            os.link(self.partial, self.path)
+        except FileExistsError:
+            raise ConflictError(
+                f"{self.path} came into being while its backup was made, and is left as it is"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise DeviceError(
+                    error.errno or errno.EIO, f"cannot name the backup {self.path}: {error.strerror}"
+                ) from error
+            os.rename(self.partial, self.path)
+        else:
+            os.unlink(self.partial)
+        self._named = True
+        _sync_directory(os.path.dirname(self.path) or ".")
+
+    def _remove(self) -> None:
+        try:
+            os.unlink(self.path if self._named else self.partial)
+        except FileNotFoundError:
+            pass
+
+
+async def open_target(path: str, size: int, *, existing: bool) -> Target:
+    """Open the target of a backup of `size` bytes: a new file, or with `existing` what is there.
+
+    Raises:
+        UsageError: an existing target has another size. Others: see `NewFileTarget` and `open_device`.
+    """
+    if not existing:
+        return NewFileTarget(path, size)
+    device = await open_device(path, "raw")
+    if device.size != size:
+        await device.close()
+        raise UsageError(
+            f"Source and target image have different sizes: {size} and {device.size} bytes ({path})"
+        )
+    return ExistingTarget(device)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,119 @@
+"""The two buffers of a session: requests coming in, replies going out.
+
+Both are used in place: a request's payload is written to the device from where it was
+received, and a read's data is read from the device to where it is sent from.
+"""
+
+import socket
+from collections import deque
+
+RECEIVE_BYTES = 512 << 10
+"""Many small requests, or two pieces of a large write."""
+REPLY_BYTES = (1 << 20) + 4096
+"""A batch of replies; the longest read that is served in place fits."""
+REPLY_FLUSH_BYTES = 256 << 10
+"""A batch this long is sent even if more requests are waiting, while it is in the cache."""
+
+
+class ReceiveBuffer:
+    """Bytes `[start, end)` of `data` were received and are not used yet."""
+
+    __slots__ = ("data", "end", "start", "view")
+
+    def __init__(self) -> None:
+        self.data = bytearray(RECEIVE_BYTES)
+        self.view = memoryview(self.data)
+        self.start = 0
+        self.end = 0
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def put(self, data: bytes) -> None:
+        """Append bytes that were received elsewhere; there must be room."""
+        self.view[self.end : self.end + len(data)] = data
+        self.end += len(data)
+
+    def receive(self, sock: socket.socket) -> int:
+        """Receive once. Returns the number of bytes, 0 at the end of the stream.
+
+        Raises:
+            BlockingIOError: nothing there. OSError: the connection broke.
+        """
+        if self.start == self.end:
+            self.start = self.end = 0
+        elif self.end == RECEIVE_BYTES:
+            self._compact()
+        length = sock.recv_into(self.view[self.end :])
+        self.end += length
+        return length
+
+    def consume(self, length: int) -> None:
+        """The next `length` bytes are used."""
+        self.start += length
+
+    def _compact(self) -> None:
+        """Move what is left to the front; there is always room then, see `Session`."""
+        length = len(self)
+        self.view[:length] = self.view[self.start : self.end]
+        self.start, self.end = 0, length
+        assert self.end < RECEIVE_BYTES
+
+
+class ReplyBuffer:
+    """Replies in the order they leave: the batch in `data[:used]`, then `queue`.
+
+    While the socket takes no more (`is_blocked`), nothing is added to the batch; replies that
+    finish meanwhile go to the queue.
+    """
+
+    __slots__ = ("_queue", "_sent", "data", "is_blocked", "used", "view")
+
+    def __init__(self) -> None:
+        self.data = bytearray(REPLY_BYTES)
+        self.view = memoryview(self.data)
+        self.used = 0
+        self.is_blocked = False
+        self._sent = 0
+        self._queue: deque[memoryview] = deque()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything has been sent."""
+        return not self.used and not self._queue
+
+    def has_room(self, length: int) -> bool:
+        """Whether a reply of `length` bytes may be put into the batch now."""
+        return not self.is_blocked and self.used + length <= REPLY_BYTES
+
+    def put(self, reply: bytes | bytearray) -> None:
+        """Add a finished reply: to the batch if it fits there, else to the queue."""
+        if self.has_room(len(reply)) and len(reply) <= REPLY_FLUSH_BYTES:
+            end = self.used + len(reply)
+            self.view[self.used : end] = reply
+            self.used = end
+        else:
+            self._queue.append(memoryview(reply))
+
+    def send(self, sock: socket.socket) -> bool:
+        """Send what the socket takes; True if nothing is left.
+
+        Raises:
+            OSError: the connection broke.
+        """
+        try:
+            while self._sent < self.used:
+                self._sent += sock.send(self.view[self._sent : self.used])
+            self.used = self._sent = 0
+            while self._queue:
+                head = self._queue[0]
+                sent = sock.send(head)
+                if sent == len(head):
+                    self._queue.popleft()
+                else:
+                    self._queue[0] = head[sent:]
+        except BlockingIOError:
+            self.is_blocked = True
+            return False
+        self.is_blocked = False
+        return True

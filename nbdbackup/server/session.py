@@ -1,0 +1,287 @@
+"""One client's session after negotiation: requests in, replies out.
+
+The way of a request, and why it is quick: the socket is read into one large buffer, often
+many requests at a time. A read or write that the device can do without waiting is done on the
+spot, its data going straight between device and buffer; the replies of a batch leave in
+one send. Everything else becomes a task that awaits the device.
+
+A write whose payload is still arriving is written in pieces as they come, each an operation
+of its own: nobody was promised that an unanswered write is all or nothing.
+
+Bounds (invariant 8): `REQUESTS_MAX` tasks, and `BYTES_MAX` bytes in their buffers and one request
+more; while they are used up, or while the client does not read its replies, nothing is received.
+One turn serves at most `TURN_BYTES_MAX`, so that other clients get theirs.
+"""
+
+import asyncio
+import logging
+import socket
+
+from nbdbackup.block.device import ReadableBuffer
+from nbdbackup.nbd.constants import Command, Errno
+from nbdbackup.nbd.negotiation import Negotiated
+from nbdbackup.nbd.transmission import REQUEST_BYTES, Refusal, Request, Transmission
+from nbdbackup.server.buffers import REPLY_FLUSH_BYTES, ReceiveBuffer, ReplyBuffer
+from nbdbackup.server.exports import Export
+from nbdbackup.server.operations import explain, perform
+from nbdbackup.server.payload import WHOLE_BYTES_MAX, Payload
+
+logger = logging.getLogger(__name__)
+
+REQUESTS_MAX = 256
+BYTES_MAX = 16 << 20
+INLINE_READ_BYTES_MAX = 1 << 20
+TURN_BYTES_MAX = 4 << 20
+TURN_REQUESTS_MAX = 512
+
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+
+
+class Session:
+    """Serves `export` on `sock` (connected, non-blocking) until the client leaves or must go."""
+
+    def __init__(self, sock: socket.socket, export: Export, negotiated: Negotiated) -> None:
+        # Set once.
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._export = export
+        self._device = export.node
+        self._protocol = Transmission(negotiated)
+        self._tasks: asyncio.TaskGroup
+        # Changing while running.
+        self._received = ReceiveBuffer()
+        self._replies = ReplyBuffer()
+        self._payload: Payload | None = None
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._bytes_in_flight = 0
+        self._no_more_requests = False
+        self._stream_ended = False
+        self._shutting_down = False
+        self._over: asyncio.Future[BaseException | None] = self._loop.create_future()
+        self._is_reading = False
+        self._is_writing = False
+        self._turn_scheduled = False
+
+    async def run(self, leftover: bytes) -> None:
+        """Serve; `leftover` was received behind the negotiation.
+
+        Returns when the client has left and everything in flight is finished and, if it
+        still listens, answered.
+
+        Raises:
+            ProtocolError: the client broke the protocol. OSError: the connection broke.
+        """
+        self._received.put(leftover)
+        self._export.clients.add(self)
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._schedule_turn()
+                failure = await self._over
+                self._watch(reading=False, writing=False)
+                if failure is not None:
+                    for task in self._in_flight:
+                        task.cancel()
+        finally:
+            self._watch(reading=False, writing=False)
+            self._export.clients.discard(self)
+            if not self._over.done():
+                self._over.set_result(None)
+        if failure is not None:
+            raise failure
+
+    def shut_down(self) -> None:
+        """Finish what is in flight, answer what else has been received with ESHUTDOWN, and end."""
+        self._shutting_down = True
+        self._schedule_turn()
+
+    def disconnect(self, reason: str) -> None:
+        """End now: requests in flight are finished but not answered."""
+        self._end(ConnectionAbortedError(reason))
+
+    # Turns: whatever happens (bytes arrive, the socket takes more, a task ends) leads to one.
+
+    def _on_readable(self) -> None:
+        try:
+            if not self._received.receive(self._sock):
+                self._stream_ended = True
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(error)
+            return
+        self._turn()
+
+    def _on_writable(self) -> None:
+        self._turn()
+
+    def _schedule_turn(self) -> None:
+        if not self._turn_scheduled and not self._over.done():
+            self._turn_scheduled = True
+            self._loop.call_soon(self._scheduled_turn)
+
+    def _scheduled_turn(self) -> None:
+        self._turn_scheduled = False
+        self._turn()
+
+    def _turn(self) -> None:
+        if self._over.done():
+            return
+        try:
+            if not self._replies.is_blocked or self._replies.send(self._sock):
+                self._serve_received()
+                self._replies.send(self._sock)
+            self._settle()
+        except Exception as error:
+            # Raised again by `run`: a broken connection, a client's fault, or a bug of ours.
+            self._end(error)
+
+    def _settle(self) -> None:
+        """Decide what to wait for next."""
+        is_paused = self._is_full() or self._replies.is_blocked
+        if (self._stream_ended or self._shutting_down) and not is_paused and not self._turn_scheduled:
+            # Every whole request that had arrived was taken.
+            self._no_more_requests = True
+        if self._no_more_requests and not self._in_flight and self._replies.is_empty:
+            self._over.set_result(None)
+            return
+        may_read = not (self._no_more_requests or self._stream_ended or self._turn_scheduled or is_paused)
+        self._watch(reading=may_read, writing=self._replies.is_blocked)
+
+    def _watch(self, *, reading: bool, writing: bool) -> None:
+        if reading != self._is_reading:
+            self._is_reading = reading
+            if reading:
+                self._loop.add_reader(self._sock, self._on_readable)
+            else:
+                self._loop.remove_reader(self._sock)
+        if writing != self._is_writing:
+            self._is_writing = writing
+            if writing:
+                self._loop.add_writer(self._sock, self._on_writable)
+            else:
+                self._loop.remove_writer(self._sock)
+
+    def _end(self, failure: BaseException) -> None:
+        if not self._over.done():
+            self._over.set_result(failure)
+
+    # Serving.
+
+    def _is_full(self) -> bool:
+        return len(self._in_flight) >= REQUESTS_MAX or self._bytes_in_flight >= BYTES_MAX
+
+    def _serve_received(self) -> None:
+        """Take requests from the receive buffer until it runs out, or a bound says stop."""
+        received, replies = self._received, self._replies
+        unpack_request = self._protocol.unpack_request
+        served_bytes = served_requests = 0
+        while not (self._no_more_requests or replies.is_blocked or self._is_full()):
+            if served_bytes > TURN_BYTES_MAX or served_requests > TURN_REQUESTS_MAX:
+                self._schedule_turn()
+                return
+            if self._payload is not None:
+                if not self._payload.feed(received, explain):
+                    return
+                self._finish_payload(self._payload)
+                continue
+            if received.end - received.start < REQUEST_BYTES:
+                return
+            request = unpack_request(received.data, received.start)
+            if request.command == _WRITE:
+                if not self._take_write(request):
+                    return
+            else:
+                received.start += REQUEST_BYTES
+                self._take_request(request)
+            served_requests += 1
+            served_bytes += request.length
+            if replies.used >= REPLY_FLUSH_BYTES:
+                replies.send(self._sock)
+
+    def _check(self, request: Request) -> Refusal | None:
+        if self._shutting_down:
+            return Refusal(Errno.ESHUTDOWN, "the server is shutting down")
+        return self._protocol.check(request)
+
+    def _take_request(self, request: Request) -> None:
+        """Answer a request without payload at once, or start its task."""
+        refusal = self._check(request)
+        if request.command == Command.DISC:
+            self._no_more_requests = True
+        elif refusal is not None:
+            self._replies.put(self._protocol.reply_error(request, *refusal))
+        elif request.command != _READ or not self._read_in_place(request):
+            length = request.length if request.command == _READ else 0
+            self._start(request, length, b"")
+
+    def _read_in_place(self, request: Request) -> bool:
+        """Read into the reply buffer, behind the reply's head, if the device can at once."""
+        length, replies = request.length, self._replies
+        total = self._protocol.read_head_bytes + length
+        if not 0 < length <= INLINE_READ_BYTES_MAX:
+            return False
+        if not replies.has_room(total) and not (replies.send(self._sock) and replies.has_room(total)):
+            return False
+        start, end = replies.used, replies.used + total
+        try:
+            data = replies.view[end - length : end]
+            if not self._device.read_nowait(request.offset, data):
+                return False
+        except OSError as error:
+            replies.put(self._protocol.reply_error(request, *explain(error)))
+            return True
+        self._protocol.pack_read_head(replies.data, start, request)
+        replies.used = end
+        return True
+
+    def _take_write(self, request: Request) -> bool:
+        """Write the payload if it is there, else begin to receive it; False: wait for more bytes."""
+        received, length = self._received, request.length
+        head_end = received.start + REQUEST_BYTES
+        in_place = not request.flags
+        if head_end + length > received.end:
+            if length <= WHOLE_BYTES_MAX:
+                return False
+            received.consume(REQUEST_BYTES)
+            self._payload = Payload(request, self._device, self._check(request), in_pieces=in_place)
+            return True
+        refusal = self._check(request)
+        data = received.view[head_end : head_end + length]
+        if refusal is None:
+            try:
+                if in_place and self._device.write_nowait(request.offset, data):
+                    self._replies.put(self._protocol.reply_done(request))
+                else:
+                    # The buffer is used again before the task has run.
+                    self._start(request, length, bytes(data))
+            except OSError as error:
+                refusal = explain(error)
+        if refusal is not None:
+            self._replies.put(self._protocol.reply_error(request, *refusal))
+        received.consume(REQUEST_BYTES + length)
+        return True
+
+    def _finish_payload(self, payload: Payload) -> None:
+        self._payload = None
+        if payload.refusal is not None:
+            self._replies.put(self._protocol.reply_error(payload.request, *payload.refusal))
+        elif payload.collected is not None:
+            self._start(payload.request, len(payload.collected), payload.collected)
+        else:
+            self._replies.put(self._protocol.reply_done(payload.request))
+
+    def _start(self, request: Request, buffer_bytes: int, data: ReadableBuffer) -> None:
+        self._bytes_in_flight += buffer_bytes
+        task = self._tasks.create_task(self._perform(request, buffer_bytes, data))
+        self._in_flight.add(task)
+
+    async def _perform(self, request: Request, buffer_bytes: int, data: ReadableBuffer) -> None:
+        try:
+            self._replies.put(await perform(self._device, self._protocol, request, data))
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._in_flight.discard(task)
+            self._bytes_in_flight -= buffer_bytes
+            self._schedule_turn()
