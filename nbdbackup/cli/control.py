@@ -23,6 +23,7 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 10
 DISCONNECT_TIMEOUT_S = 2
 SOCKET_PATH_BYTES_MAX = 107
+NAMES_LISTED_MAX = 10
 
 
 class CommandError(NbdBackupError):
@@ -128,26 +129,29 @@ async def connected(path: Path) -> AsyncIterator[Control]:
 
 
 async def explained(
-    error: CommandError, control: Control, nodes: Sequence[str] = (), jobs: Sequence[str] = ()
+    error: CommandError,
+    control: Control,
+    *,
+    nodes: Sequence[str] = (),
+    jobs: Sequence[str] = (),
+    snapshots: Sequence[str] = (),
 ) -> NbdBackupError:
-    """`error`, as a NotFoundError if it is because one of `nodes` or `jobs` does not exist.
+    """`error`, as a NotFoundError if it is because one of the named things does not exist.
 
     QMP has no error class for this that all commands use, so ask the server what there is.
     """
-    if nodes:
-        known = await control.query("query-named-block-nodes", list[dict[str, object]])
-        names = [str(node.get("node-name")) for node in known]
-        for missing in nodes:
-            if missing not in names:
-                there_are = f"there are: {', '.join(names)}" if names else "there are none"
-                return NotFoundError(f"the server on {control.path} has no node '{missing}' ({there_are})")
-    if jobs:
-        known = await control.query("query-jobs", list[dict[str, object]])
-        for missing in jobs:
-            if missing not in [job.get("id") for job in known]:
-                return NotFoundError(
-                    f"the server on {control.path} has no job '{missing}' (see nbdbackup job list)"
-                )
+    for kind, wanted, command, key in (
+        ("node", nodes, "query-named-block-nodes", "node-name"),
+        ("job", jobs, "query-jobs", "id"),
+        ("snapshot", snapshots, "x-nbdbackup-query-snapshots", "export"),
+    ):
+        if not wanted:
+            continue
+        known = [str(thing.get(key)) for thing in await control.query(command, list[dict[str, object]])]
+        for name in wanted:
+            if name not in known:
+                listed = f"; it has {', '.join(known[:NAMES_LISTED_MAX])}" if known else ""
+                return NotFoundError(f"the server on {control.path} has no {kind} '{name}'{listed}")
     if error.error_class in ("DeviceNotFound", "DeviceNotActive"):
         return NotFoundError(str(error))
     return error

@@ -110,6 +110,18 @@ def add_control(parser: argparse.ArgumentParser) -> None:
     add_verbose(parser)
 
 
+def add_on_cbw_error(parser: argparse.ArgumentParser, victim: str) -> None:
+    """Add `--on-cbw-error`; `victim` is what breaks: "snapshot" or "backup"."""
+    parser.add_argument(
+        "--on-cbw-error",
+        choices=("break-snapshot", "break-guest-write"),
+        default="break-snapshot",
+        help="when old contents cannot be saved. break-snapshot (default): client writes go on; the "
+        f"{victim} fails and says why. break-guest-write: the client's write fails with an error; the "
+        f"{victim} stays whole",
+    )
+
+
 def control_path(given: Path | None) -> Path:
     """The control socket that is meant when `--control` is `given`, or is not."""
     if given is not None:

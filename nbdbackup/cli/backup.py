@@ -1,0 +1,340 @@
+"""`nbdbackup backup`: start a backup job on the server, and stay with it until it ends.
+
+The job belongs to the server: if this process dies, the job goes on. Interrupting is
+another matter: Ctrl-C asks whether to leave the job alone or to cancel it; where nobody can
+be asked, it is cancelled, and so it is on SIGTERM.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from qemu.qmp import EventListener
+
+from nbdbackup.cli import interrupts, progress
+from nbdbackup.cli.control import CommandError, Control, connected, explained, run_async
+from nbdbackup.cli.exit_status import ExitStatus
+from nbdbackup.cli.interrupts import Interrupts
+from nbdbackup.cli.output import print_json_line, say
+from nbdbackup.cli.parser import Verbs, add_control, add_on_cbw_error, control_path, count, only, size
+from nbdbackup.cli.progress import Progress
+from nbdbackup.cli.replies import StartedBackup
+from nbdbackup.cli.sizes import format_size
+from nbdbackup.cli.watch import JOB_EVENTS, JobEnd, Outcome, wait_job_end
+from nbdbackup.errors import NbdBackupError, UsageError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+START_TIMEOUT_S = 10
+CANCEL_TIMEOUT_S = 60
+WORKERS_MAX = 64
+
+DESCRIPTION = """\
+Copy NODE, as it is at the moment when the command is accepted, to TARGET, while clients go
+on writing. TARGET is a new raw file: the copy is called TARGET.partial until it is complete
+and on stable storage, so a file called TARGET is a whole backup. An existing file is never
+touched, unless -n is given.
+
+Ctrl-C asks whether to detach (the job goes on) or to cancel it; with no terminal it cancels,
+and so does SIGTERM. The exit status is the job's: 0 complete, 1 failed, 130 interrupted."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupOptions:
+    """What `backup` was told; `target` is absolute."""
+
+    control: Path
+    json: bool
+    node: str
+    target: str
+    existing: bool
+    speed: int
+    workers: int
+    scratch: str
+    scratch_bytes_max: int | None
+    on_cbw_error: str
+    job_id: str | None
+    progress: bool | None
+    wait: bool
+
+    def arguments(self) -> dict[str, object]:
+        """Those of `x-nbdbackup-backup`."""
+        arguments: dict[str, object] = {
+            "node": self.node,
+            "target": self.target,
+            "existing": self.existing,
+            "sync": "full",
+            "speed": self.speed,
+            "workers": self.workers,
+            "scratch": self.scratch,
+            "on-cbw-error": self.on_cbw_error,
+            "auto-finalize": True,
+            # A job that nobody waits for stays listed, so that `job watch` can tell how it ended.
+            "auto-dismiss": self.wait,
+        }
+        if self.scratch_bytes_max is not None:
+            arguments["scratch-max"] = self.scratch_bytes_max
+        if self.job_id is not None:
+            arguments["job-id"] = self.job_id
+        return arguments
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add `backup`."""
+    parser = verbs.add_parser(
+        "backup", help="copy a node's present point in time to a file or device", description=DESCRIPTION
+    )
+    parser.add_argument("node", metavar="NODE")
+    parser.add_argument("target", metavar="TARGET", help="a path, as this machine sees it")
+    parser.add_argument(
+        "--sync",
+        type=only("sync mode", "full", ("top", "incremental", "bitmap", "none")),
+        default="full",
+        metavar="full",
+        help="what to copy: full, everything (the default, and all that this version does)",
+    )
+    parser.add_argument(
+        "-O",
+        "--target-format",
+        type=only("target format", "raw", ("qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed")),
+        default="raw",
+        metavar="raw",
+        help="the default, and all that this version does",
+    )
+    parser.add_argument(
+        "-n",
+        "--existing",
+        action="store_true",
+        help="overwrite TARGET, an existing file or device of NODE's size, in place; "
+        "until the job is complete its contents are a mix",
+    )
+    parser.add_argument(
+        "-r", "--rate", type=size, default=0, metavar="RATE", help="bytes a second (default 0: no limit)"
+    )
+    parser.add_argument(
+        "-m",
+        "--workers",
+        type=count,
+        default=8,
+        metavar="WORKERS",
+        help="copies in flight at once (default 8)",
+    )
+    parser.add_argument(
+        "--scratch",
+        default="auto",
+        metavar="auto|none|DIR",
+        help="where the old contents go that a client's write is about to replace. none: straight to TARGET, "
+        "so a slow TARGET slows clients. DIR: a file in DIR. auto (default): none for local targets",
+    )
+    parser.add_argument(
+        "--scratch-max",
+        type=size,
+        metavar="SIZE",
+        help="at most so many bytes of scratch, then --on-cbw-error",
+    )
+    add_on_cbw_error(parser, "backup")
+    parser.add_argument("--job-id", metavar="ID", help="default: the server picks one")
+    parser.add_argument(
+        "-p",
+        "--progress",
+        action="store_true",
+        default=None,
+        help="show progress also when there is no terminal",
+    )
+    parser.add_argument(
+        "--no-wait",
+        action="store_true",
+        help="print the job's id and leave; see 'job watch' and, when it is over, 'job dismiss'",
+    )
+    add_control(parser)
+    parser.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """`backup`."""
+    return run_async(_backup(backup_options(namespace)))
+
+
+def backup_options(namespace: argparse.Namespace) -> BackupOptions:
+    """The options that `namespace` stands for.
+
+    Raises:
+        UsageError: one asks for what this version does not do, or for the impossible.
+    """
+    if namespace.target.partition("://")[1]:
+        raise UsageError(
+            f"this version does not write to remote targets yet, only to paths: {namespace.target}"
+        )
+    if namespace.target.endswith("/"):
+        raise UsageError(
+            f"this version does not make chains of backups yet; TARGET is a file: {namespace.target}"
+        )
+    if not namespace.target:
+        raise UsageError("TARGET is empty")
+    if not 1 <= namespace.workers <= WORKERS_MAX:
+        raise UsageError(f"-m/--workers is 1 to {WORKERS_MAX}, not {namespace.workers}")
+    scratch = namespace.scratch
+    return BackupOptions(
+        control=control_path(namespace.control),
+        json=namespace.json,
+        node=namespace.node,
+        target=os.path.abspath(namespace.target),
+        existing=namespace.existing,
+        speed=namespace.rate,
+        workers=namespace.workers,
+        scratch=scratch if scratch in ("auto", "none") else os.path.abspath(scratch),
+        scratch_bytes_max=namespace.scratch_max,
+        on_cbw_error=namespace.on_cbw_error,
+        job_id=namespace.job_id,
+        progress=namespace.progress,
+        wait=not namespace.no_wait,
+    )
+
+
+async def _backup(options: BackupOptions) -> int:
+    async with connected(options.control) as control:
+        if not options.wait:
+            job_id = await _start(control, options)
+            if options.json:
+                print_json_line({"job-id": job_id})
+            else:
+                print(job_id)
+            return ExitStatus.DONE
+        with control.events(JOB_EVENTS) as listener, progress.shown(options.progress) as shown:
+            async with interrupts.caught() as interrupted:
+                return await _attended(control, options, listener, shown, interrupted)
+
+
+async def _start(control: Control, options: BackupOptions) -> str:
+    """Start the job; its id."""
+    try:
+        started = await control.query("x-nbdbackup-backup", StartedBackup, options.arguments())
+    except CommandError as error:
+        raise await explained(error, control, nodes=[options.node]) from error
+    return started.job_id
+
+
+async def _attended(
+    control: Control,
+    options: BackupOptions,
+    listener: EventListener,
+    shown: Progress,
+    interrupted: Interrupts,
+) -> int:
+    """Start the job and stay with it to its end, or until an interrupt ends the waiting."""
+    job_id = await _started(control, options, interrupted)
+    # Not a TaskGroup: this ends by whichever comes first, and its caller wants the plain exception.
+    end = asyncio.ensure_future(wait_job_end(control, listener, job_id, shown.report))
+    try:
+        while (number := await _first(end, interrupted.wait())) is not None:
+            shown.pause()
+            choice = "cancel"
+            if number is signal.SIGINT and interrupts.can_ask():
+                choice = await _asked(end, interrupted, job_id)
+            if choice == "detach":
+                say(f"the job goes on; see: nbdbackup job watch {job_id}")
+                return ExitStatus.INTERRUPTED
+            if choice == "cancel":
+                return await _cancelled(control, options, job_id, end)
+            shown.resume()
+        return _told(options, await end)
+    finally:
+        end.cancel()
+        await asyncio.wait([end])
+
+
+async def _started(control: Control, options: BackupOptions, interrupted: Interrupts) -> str:
+    """`_start`, which an interrupt does not leave half done: the job is known, or it has not begun."""
+    start = asyncio.ensure_future(_start(control, options))
+    try:
+        number = await _first(start, interrupted.wait())
+        if number is not None:
+            interrupted.notice(number)  # for when there is a job to cancel
+            async with asyncio.timeout(START_TIMEOUT_S):
+                return await asyncio.shield(start)
+        return await start
+    except TimeoutError as error:
+        raise NbdBackupError(
+            f"interrupted, but the server has not answered for {START_TIMEOUT_S} s: the backup of "
+            f"{options.node} may begin yet; see nbdbackup job list"
+        ) from error
+    finally:
+        start.cancel()
+        await asyncio.wait([start])
+
+
+async def _first(end: "asyncio.Future[R]", other: Awaitable[T]) -> T | None:
+    """What `other` gives, or None if `end` is done before; then `other` is cancelled."""
+    task = asyncio.ensure_future(other)
+    either = asyncio.Event()
+    end.add_done_callback(lambda _: either.set())
+    task.add_done_callback(lambda _: either.set())
+    try:
+        await either.wait()
+        return None if end.done() else task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def _asked(end: "asyncio.Future[JobEnd]", interrupted: Interrupts, job_id: str) -> str:
+    """What to do about the running job: "detach", "cancel" or "wait"."""
+    question = f"\ndetach from job {job_id} (it goes on), cancel it, or wait on? [d/c/W] "
+    answer = asyncio.ensure_future(interrupts.answer_to(question))
+    try:
+        again = await _first(end, _first(answer, interrupted.wait()))
+        if again is not None:
+            say("")
+            return "cancel"
+        if end.done():
+            say("")
+            return "wait"
+        return {"d": "detach", "c": "cancel"}.get(answer.result()[:1], "wait")
+    finally:
+        answer.cancel()
+        await asyncio.wait([answer])
+
+
+async def _cancelled(
+    control: Control, options: BackupOptions, job_id: str, end: "asyncio.Future[JobEnd]"
+) -> int:
+    """Cancel the job and wait until it has ended, one way or the other."""
+    try:
+        await control.execute("job-cancel", {"id": job_id})
+    except CommandError:
+        pass  # too late: it is ending already, and how it ends is the answer
+    try:
+        async with asyncio.timeout(CANCEL_TIMEOUT_S):
+            job_end = await asyncio.shield(end)
+    except TimeoutError as error:
+        raise NbdBackupError(f"job {job_id} did not stop within {CANCEL_TIMEOUT_S} s; it goes on") from error
+    if job_end.outcome is not Outcome.CANCELLED:
+        return _told(options, job_end)
+    if options.json:
+        print_json_line(job_end.as_json())
+    leaves = "is a mix of old and new now" if options.existing else "was not made"
+    say(f"nbdbackup: interrupted: the backup of {options.node} was cancelled; {options.target} {leaves}")
+    return ExitStatus.INTERRUPTED
+
+
+def _told(options: BackupOptions, end: JobEnd) -> int:
+    """Say how the job ended; the exit status.
+
+    Raises:
+        NbdBackupError: it failed, or somebody else cancelled it.
+    """
+    if options.json:
+        print_json_line(end.as_json())
+    if end.outcome is Outcome.CANCELLED:
+        raise NbdBackupError(f"the backup of {options.node} to {options.target} was cancelled")
+    if end.outcome is Outcome.FAILED:
+        raise NbdBackupError(f"the backup of {options.node} to {options.target} failed: {end.error}")
+    if not options.json:
+        print(f"{options.target}: complete, {format_size(end.total)} of {options.node}")
+    return ExitStatus.DONE

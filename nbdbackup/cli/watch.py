@@ -1,0 +1,112 @@
+"""Waiting for a job of the server to end, by its events.
+
+The events say *that* something happened to a job; whether it is over is decided by
+asking for the list of jobs, at every status event and once an interval. So a lost event
+costs one interval, and a lost connection is noticed within one.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from qemu.qmp import EventListener, Message
+
+from nbdbackup.cli.control import Control
+from nbdbackup.cli.replies import JobInfo
+
+JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+POLL_INTERVAL_S = 0.25
+CANCELLED_TEXT = "Operation canceled"
+
+
+class Outcome(Enum):
+    """How a job ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnd:
+    """The end of job `job_id`; `done` and `total` are its progress in bytes."""
+
+    job_id: str
+    outcome: Outcome
+    done: int = 0
+    total: int = 0
+    error: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "job-id": self.job_id,
+            "outcome": self.outcome.value,
+            "offset": self.done,
+            "len": self.total,
+            "error": self.error,
+        }
+
+
+async def wait_job_end(
+    control: Control, listener: EventListener, job_id: str, report: Callable[[JobInfo], None]
+) -> JobEnd:
+    """Wait until job `job_id` is over; `report` gets its state time and again.
+
+    `listener` listens to JOB_EVENTS since before the job could end, and is used by nobody else.
+
+    Raises:
+        ServerGoneError: the server went away before.
+    """
+    end: JobEnd | None = None
+    while True:
+        event = await _next_event(listener)
+        if event is not None:
+            end = _end_told_by(event, job_id) or end
+            if event["event"] != "JOB_STATUS_CHANGE":
+                continue  # the status that belongs to it follows, or the next poll shows it
+        jobs = await control.query("query-jobs", list[JobInfo])
+        job = next((job for job in jobs if job.id == job_id), None)
+        if job is not None and job.status != "concluded":
+            report(job)
+            continue
+        while not listener.empty():
+            end = _end_told_by(await listener.get(), job_id) or end
+        if end is not None:
+            return end
+        return _end_shown_by(job) if job is not None else _end_unseen(job_id)
+
+
+async def _next_event(listener: EventListener) -> Message | None:
+    """The next event, or None after an interval without one."""
+    try:
+        async with asyncio.timeout(POLL_INTERVAL_S):
+            return await listener.get()
+    except TimeoutError:
+        return None
+
+
+def _end_told_by(event: Message, job_id: str) -> JobEnd | None:
+    data = event.get("data")
+    if not isinstance(data, dict) or data.get("device") != job_id:
+        return None
+    done, total = int(data.get("offset", 0)), int(data.get("len", 0))
+    if event["event"] == "BLOCK_JOB_CANCELLED":
+        return JobEnd(job_id, Outcome.CANCELLED, done, total)
+    if event["event"] == "BLOCK_JOB_COMPLETED":
+        error = data.get("error")
+        outcome = Outcome.COMPLETED if error is None else Outcome.FAILED
+        return JobEnd(job_id, outcome, done, total, None if error is None else str(error))
+    return None
+
+
+def _end_shown_by(job: JobInfo) -> JobEnd:
+    outcome = Outcome.COMPLETED
+    if job.error is not None:
+        outcome = Outcome.CANCELLED if job.error == CANCELLED_TEXT else Outcome.FAILED
+    return JobEnd(job.id, outcome, job.current_progress, job.total_progress, job.error)
+
+
+def _end_unseen(job_id: str) -> JobEnd:
+    return JobEnd(job_id, Outcome.FAILED, error="the job is gone, and how it ended was not seen")
