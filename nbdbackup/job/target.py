@@ -14,6 +14,8 @@ from nbdbackup.block.file import FileDevice
 from nbdbackup.block.open import open_device
 from nbdbackup.errors import ConflictError, DeviceError, UsageError
 
+BACKUP_USER = "a backup's target"
+
 
 class Target(ABC):
     """`device` to write to; `zeroed` if it reads as zeroes where nothing was written."""
@@ -41,9 +43,12 @@ class Target(ABC):
 class ExistingTarget(Target):
     """A device or image that is there already; what the backup does not reach keeps its bytes."""
 
-    def __init__(self, device: BlockDevice, *, owned: bool = True) -> None:
+    def __init__(self, device: BlockDevice, *, users: list[str] | None = None) -> None:
+        """`device` is the target's to close, unless `users` is given: the list of who needs the device."""
         self.device = device
-        self._owned = owned
+        self._users = users
+        if users is not None:
+            users.append(BACKUP_USER)
 
     async def complete(self) -> None:
         await self.device.flush()
@@ -52,8 +57,10 @@ class ExistingTarget(Target):
         """Nothing: it is not ours to remove."""
 
     async def close(self) -> None:
-        if self._owned:
+        if self._users is None:
             await self.device.close()
+        else:
+            self._users.remove(BACKUP_USER)
 
 
 class NewFileTarget(Target):

@@ -1,4 +1,4 @@
-"""The composition root: what `nbdbackup serve` runs."""
+"""Everything that `nbdbackup serve` can be told, as plain data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,3 @@ class ServeOptions:
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""
     exit_on_last: bool = False
-
-
-async def serve(options: ServeOptions) -> int:
-    """Serve until told to stop; the process exit status."""
-    raise NotImplementedError

@@ -1,0 +1,10 @@
+"""The composition root: what `nbdbackup serve` runs.
+
+`serve` puts the rooms together; the services that the monitor's commands act on are here
+too, because they span rooms: a snapshot is a filter on a node *and* an export.
+"""
+
+from nbdbackup.daemon.options import ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.daemon.serve import serve
+
+__all__ = ["ServeOptions", "SourceSpec", "TcpAddress", "UnixAddress", "serve"]

@@ -1,0 +1,115 @@
+"""Starting backups: everything that can be refused is refused before anything has changed."""
+
+import os
+from pathlib import Path
+
+from nbdbackup.block.node import Node, drained
+from nbdbackup.daemon.graph import Graph, refuse_same_file
+from nbdbackup.errors import ConflictError, UsageError
+from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
+from nbdbackup.fleece.scratch import open_scratch
+from nbdbackup.fleece.snapshots import SnapshotPlan, take_snapshots
+from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
+from nbdbackup.job.registry import JobRegistry
+from nbdbackup.job.target import ExistingTarget, Target, open_target
+from nbdbackup.monitor.context import BackupRequest, TargetNode
+
+CLUSTER_BYTES_MAX = 64 << 20
+
+
+class Backups:
+    """Implements the monitor's `BackupService`."""
+
+    def __init__(self, graph: Graph, jobs: JobRegistry) -> None:
+        self._graph = graph
+        self._jobs = jobs
+
+    async def start(self, request: BackupRequest) -> str:
+        """Take the point in time and start the job; its id."""
+        node = self._graph.get(request.node)
+        options = _options(request)
+        job_id = self._jobs.new_id(request.job_id)
+        target = await self._open_target(node, request)
+        try:
+            job = BackupJob(job_id, node, target, options)
+            self._jobs.add(job)
+        except BaseException:
+            await _give_up(target)
+            raise
+        try:
+            await _take_point_in_time(job, request)
+        except BaseException:
+            self._jobs.discard(job)
+            await _give_up(target)
+            raise
+        self._jobs.start(job)
+        return job_id
+
+    async def _open_target(self, node: Node, request: BackupRequest) -> Target:
+        target = request.target
+        if isinstance(target, TargetNode):
+            return self._existing_node(node, target.node)
+        if not os.path.isabs(target.path):
+            raise UsageError(f"{target.path} is no absolute path")
+        refuse_same_file(node.root, target.path)
+        return await open_target(target.path, node.size, existing=target.existing)
+
+    def _existing_node(self, node: Node, name: str) -> Target:
+        entry = self._graph.entry(name)
+        if entry.node is node or entry.node.root is node.root:
+            raise UsageError("Source and target cannot be the same")
+        refuse_same_file(node.root, entry.filename)
+        if entry.node.read_only:
+            raise ConflictError(f"Block node '{name}' is read-only")
+        if entry.node.size != node.size:
+            raise UsageError("Source and target image have different sizes")
+        return ExistingTarget(entry.node, users=entry.users)
+
+
+def _options(request: BackupRequest) -> BackupOptions:
+    if request.sync != "full":
+        raise UsageError(f"sync={request.sync} is not available in this version: only full is")
+    if not 1 <= request.workers <= WORKERS_MAX:
+        raise UsageError(f"max-workers must be from 1 to {WORKERS_MAX}")
+    cluster_bytes = max(CLUSTER_BYTES_DEFAULT, request.cluster_bytes_min)
+    if cluster_bytes & (cluster_bytes - 1) or cluster_bytes > CLUSTER_BYTES_MAX:
+        raise UsageError(f"min-cluster-size must be a power of two up to {CLUSTER_BYTES_MAX}")
+    if 0 < request.chunk_bytes_max < cluster_bytes:
+        raise UsageError("Required max-chunk is less than backup cluster size")
+    return BackupOptions(
+        speed=request.speed,
+        workers=request.workers,
+        chunk_bytes_max=request.chunk_bytes_max or CHUNK_BYTES_MAX,
+        cluster_bytes=cluster_bytes,
+        use_copy_range=request.use_copy_range,
+        on_cbw_error=request.on_cbw_error,
+        auto_finalize=request.auto_finalize,
+        auto_dismiss=request.auto_dismiss,
+    )
+
+
+async def _take_point_in_time(job: BackupJob, request: BackupRequest) -> None:
+    # "auto" is direct too: every target of this version is local.
+    if request.scratch in ("none", "auto"):
+        async with drained(job.node):
+            job.hold_direct()
+        return
+    scratch = open_scratch(
+        Path(request.scratch),
+        job.node.size,
+        CLUSTER_BYTES_DEFAULT,
+        request.scratch_bytes_max,
+        f"scratch of backup {job.id}",
+    )
+    plan = SnapshotPlan(job.node, job.id, scratch, request.on_cbw_error, job.options.cbw_timeout_s)
+    try:
+        [snapshot] = await take_snapshots([plan])
+    except BaseException:
+        await scratch.close()
+        raise
+    job.hold_fleecing(snapshot)
+
+
+async def _give_up(target: Target) -> None:
+    await target.discard()
+    await target.close()

@@ -1,0 +1,140 @@
+"""Every node of the daemon by its name, and what each is used for."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from nbdbackup.block.device import BlockDevice
+from nbdbackup.block.node import Node
+from nbdbackup.block.open import open_device
+from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode
+from nbdbackup.server.exports import ExportTable
+
+BLOCK_BYTES = 512
+"""The unit of `st_blocks`."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A node and where it came from. `users` changes while running: who needs it, in words."""
+
+    node: Node
+    driver: str
+    filename: str
+    child: str | None = None
+    users: list[str] = field(default_factory=list)
+
+
+class Graph:
+    """The nodes; implements the monitor's `GraphService`."""
+
+    def __init__(self, exports: ExportTable) -> None:
+        self._exports = exports
+        self._entries: dict[str, Entry] = {}
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter([entry.node for entry in self._entries.values()])
+
+    def get(self, name: str) -> Node:
+        """The node called `name`.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return self.entry(name).node
+
+    def entry(self, name: str) -> Entry:
+        """As `get`, with what else is known of it."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise NotFoundError(f"Cannot find device='' nor node-name='{name}'") from None
+
+    def insert(self, name: str, device: BlockDevice, driver: str, filename: str, read_only: bool) -> Node:
+        """Make the node `name` of `device`, which is the graph's to close from now on."""
+        self.check_free(name)
+        node = Node(name, device, read_only)
+        self._entries[name] = Entry(node, driver, filename)
+        return node
+
+    def check_free(self, name: str) -> None:
+        """Raises ConflictError if there is a node called `name`."""
+        if name in self._entries:
+            raise ConflictError(f"Duplicate nodes with node-name='{name}'")
+
+    # GraphService.
+
+    def nodes(self) -> Sequence[NodeInfo]:
+        """Every node, in the order they were made."""
+        return [self._info(entry) for entry in self._entries.values()]
+
+    def exports(self) -> Sequence[ExportInfo]:
+        """Every export."""
+        return [ExportInfo(export.name, export.node.name) for export in self._exports]
+
+    async def add(self, node: FileNode | RawNode) -> None:
+        """Open a node."""
+        self.check_free(node.name)
+        if isinstance(node, RawNode):
+            child = self.entry(node.child)
+            self.insert(node.name, child.node, "raw", child.filename, node.read_only)
+            self._entries[node.name].child = node.child
+            child.users.append(f"node '{node.name}'")
+            return
+        device = await open_device(node.filename, "raw", read_only=node.read_only, discard=node.unmap)
+        try:
+            self.insert(node.name, device, node.driver, node.filename, node.read_only)
+        except BaseException:
+            await device.close()
+            raise
+
+    async def delete(self, name: str) -> None:
+        """Close the node `name`, which nothing may use."""
+        entry = self.entry(name)
+        users = entry.users + [f"export '{e.name}'" for e in self._exports if e.node is entry.node]
+        if users or any(True for _ in entry.node.filters):
+            raise ConflictError(f"Node {name} is in use{': by ' + ', '.join(users) if users else ''}")
+        del self._entries[name]
+        if entry.child is not None:
+            self.entry(entry.child).users.remove(f"node '{name}'")
+        else:
+            await entry.node.root.close()
+
+    async def close(self) -> None:
+        """Flush and close every node; nothing may be in flight."""
+        while self._entries:
+            _, entry = self._entries.popitem()
+            if entry.child is not None:
+                continue
+            try:
+                if not entry.node.root.read_only:
+                    await entry.node.root.flush()
+            finally:
+                await entry.node.root.close()
+
+    def _info(self, entry: Entry) -> NodeInfo:
+        node = entry.node
+        return NodeInfo(
+            node.name, entry.driver, entry.filename, node.size, node.read_only, _allocated(node.root)
+        )
+
+
+def refuse_same_file(source: BlockDevice, path: str) -> None:
+    """Raises UsageError if `path` is the file or block device that `source` is made of."""
+    fd = source.offload_fd()
+    if fd is None:
+        return
+    try:
+        theirs = os.stat(path)
+    except OSError:
+        return
+    ours = os.fstat(fd)
+    same_device = ours.st_rdev and ours.st_rdev == theirs.st_rdev
+    if os.path.samestat(ours, theirs) or same_device:
+        raise UsageError("Source and target cannot be the same")
+
+
+def _allocated(device: BlockDevice) -> int | None:
+    fd = device.offload_fd()
+    return None if fd is None else os.fstat(fd).st_blocks * BLOCK_BYTES

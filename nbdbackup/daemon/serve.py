@@ -1,0 +1,166 @@
+"""From options to a running server, and back to nothing."""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from pathlib import Path
+
+from nbdbackup.block.open import open_device
+from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.notify import notify
+from nbdbackup.daemon.options import ServeOptions, TcpAddress
+from nbdbackup.daemon.snapshots import Snapshots
+from nbdbackup.daemon.state_dir import StateDirectory
+from nbdbackup.errors import DeviceError
+from nbdbackup.job.failures import failure_in
+from nbdbackup.job.registry import JobRegistry
+from nbdbackup.monitor.context import Services
+from nbdbackup.monitor.server import MonitorServer
+from nbdbackup.server.exports import Export, ExportTable
+from nbdbackup.server.listener import Listener, listen_tcp, listen_unix
+from nbdbackup.server.server import Server
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(options: ServeOptions) -> int:
+    """Serve until SIGTERM, SIGINT, `quit` or the end that `options` ask for; the exit status.
+
+    Prints one line "listening on URI" per listener when ready.
+
+    Raises:
+        NbdBackupError, OSError: it cannot start; everything is as it was.
+    """
+    async with AsyncExitStack() as stack:
+        state = StateDirectory(options.state_dir)
+        state.open()
+        stack.callback(state.close)
+        exports = ExportTable()
+        graph = Graph(exports)
+        stack.push_async_callback(graph.close)
+        await _open_sources(options, graph, exports)
+        server = Server(exports, _listen(options, stack), options.clients_max)
+        try:
+            return await _run(options, stack, state, graph, server)
+        except ExceptionGroup as group:
+            failure = failure_in(group)
+            if failure is None:
+                raise
+            raise failure from None
+
+
+async def _run(
+    options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
+) -> int:
+    stop = asyncio.Event()
+    snapshots = Snapshots(graph, server, state.scratch)
+    stack.push_async_callback(snapshots.close)
+    async with asyncio.TaskGroup() as tasks:
+        jobs = JobRegistry(tasks)
+        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.set)
+        async with MonitorServer(services, options.control):
+            with _signals(stop), _pid_file(options.pid_file):
+                serving = tasks.create_task(server.run())
+                status = await _serve_until(options, server, stop)
+                notify("STOPPING=1")
+                logger.info("stopping: finishing what is in flight")
+                server.stop()
+                await jobs.cancel_all()
+                await serving
+    return status
+
+
+async def _serve_until(options: ServeOptions, server: Server, stop: asyncio.Event) -> int:
+    """Announce readiness and wait for the end; the exit status."""
+    for uri in server.uris():
+        print(f"listening on {uri}", flush=True)
+    notify("READY=1")
+    if options.run_command is not None:
+        return await _run_command(options.run_command, server.uris()[0], stop)
+    ends = [asyncio.ensure_future(stop.wait())]
+    if options.exit_on_last:
+        ends.append(asyncio.ensure_future(server.last_client_left.wait()))
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for end in ends:
+            end.cancel()
+    return 0
+
+
+async def _run_command(command: str, uri: str, stop: asyncio.Event) -> int:
+    """Run `command` in a shell with $uri set; its exit status, as a shell would give it."""
+    process = await asyncio.create_subprocess_shell(command, env={**os.environ, "uri": uri})
+    stopped = asyncio.ensure_future(stop.wait())
+    ended = asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.wait([stopped, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            process.terminate()
+        status = await ended
+    finally:
+        stopped.cancel()
+    return status if status >= 0 else 128 - status
+
+
+async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTable) -> None:
+    for source in options.sources:
+        device = await open_device(
+            source.path,
+            source.format,
+            read_only=options.read_only,
+            discard=options.discard == "unmap",
+        )
+        try:
+            node = graph.insert(source.name, device, "raw", source.path, options.read_only)
+        except BaseException:
+            await device.close()
+            raise
+        exports.add(Export(source.name, node, options.description, options.read_only))
+
+
+def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:
+    listeners: list[Listener] = []
+    for address in options.listeners:
+        if isinstance(address, TcpAddress):
+            listener = listen_tcp(address.host, address.port)
+        else:
+            listener = listen_unix(address.path)
+        stack.callback(listener.close)
+        listeners.append(listener)
+    return listeners
+
+
+@contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def _pid_file(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    try:
+        path.write_text(f"{os.getpid()}\n")
+    except OSError as error:
+        raise DeviceError(
+            error.errno or errno.EIO, f"cannot write the pid file {path}: {error.strerror}"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
