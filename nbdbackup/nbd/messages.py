@@ -441,6 +441,13 @@ class ErrorChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class ErrorHead:
+    """What every error chunk begins with, also those of types not known; a text may follow."""
+
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorOffsetChunk:
     """Payload of an ERROR_OFFSET chunk: the failure was at `offset` (bytes)."""
 
@@ -501,6 +508,7 @@ BLOCK_STATUS_HEAD = Message("BLOCK_STATUS chunk", BlockStatusHead, context_id=In
 BLOCK_STATUS_EXTENT = Message(
     "extent of a BLOCK_STATUS chunk", BlockStatusExtent, length=Int32ub, flags=Int32ub
 )
+ERROR_HEAD = Message("error chunk", ErrorHead, error=Int32ub)
 ERROR_CHUNK = Message("ERROR chunk", ErrorChunk, error=Int32ub, text=_STRING_SHORT, end=Terminated)
 ERROR_OFFSET_CHUNK = Message(
     "ERROR_OFFSET chunk", ErrorOffsetChunk, error=Int32ub, text=_STRING_SHORT, offset=Int64ub, end=Terminated
