@@ -2,9 +2,10 @@
 
 import asyncio
 import socket
+from contextlib import suppress
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.negotiation import ExportCatalog, Negotiated, ServerNegotiation
+from nbdbackup.nbd.negotiation import ExportCatalog, HandshakeError, Negotiated, ServerNegotiation
 
 HANDSHAKE_TIMEOUT_S = 10
 RECEIVE_BYTES = 64 << 10
@@ -29,6 +30,11 @@ async def negotiate(sock: socket.socket, catalog: ExportCatalog) -> tuple[Negoti
                 if not data:
                     return None
                 await loop.sock_sendall(sock, negotiation.receive(data))
+    except HandshakeError as error:
+        # A last word, as far as the socket takes it: the client may not be listening.
+        with suppress(OSError):
+            sock.send(error.reply)
+        raise
     except TimeoutError:
         raise ProtocolError(f"no export chosen within {HANDSHAKE_TIMEOUT_S} s") from None
     if negotiation.result is None:

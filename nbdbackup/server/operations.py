@@ -1,19 +1,16 @@
 """What a request does to a device when it cannot be done on the spot: one coroutine, one reply."""
 
-import logging
-
 from nbdbackup.block.device import BlockDevice, ReadableBuffer
 from nbdbackup.extents import StatusExtent
 from nbdbackup.nbd import replies
 from nbdbackup.nbd.constants import Command, CommandFlags
 from nbdbackup.nbd.transmission import Refusal, Request, Transmission
 
-logger = logging.getLogger(__name__)
 
-
-def explain(error: OSError) -> Refusal:
-    """The protocol's error for a device's failure, and its cause in words."""
-    return Refusal(replies.nbd_errno(error.errno or 0), error.strerror or str(error))
+def explain(error: OSError, request: Request) -> Refusal:
+    """The protocol's error for a device's failure to do `request`, and its cause in words."""
+    fast_zero = bool(request.flags & CommandFlags.FAST_ZERO)
+    return Refusal(replies.wire_errno(error.errno, fast_zero=fast_zero), error.strerror or str(error))
 
 
 async def perform(
@@ -30,8 +27,7 @@ async def perform(
             return await _block_status(device, protocol, request)
         await _change(device, request, data)
     except OSError as error:
-        refusal = explain(error)
-        return protocol.reply_error(request, refusal.error, refusal.text)
+        return protocol.reply_error(request, *explain(error, request))
     return protocol.reply_done(request)
 
 

@@ -5,11 +5,10 @@ does not, the rest is collected and becomes one ordinary operation. The payload 
 refused or failed write is consumed and thrown away, to stay in step with the client.
 """
 
-from collections.abc import Callable
-
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.nbd.transmission import Refusal, Request
 from nbdbackup.server.buffers import ReceiveBuffer
+from nbdbackup.server.operations import explain
 
 WHOLE_BYTES_MAX = 64 << 10
 """A payload up to this length is waited for; it fits the receive buffer with its head."""
@@ -45,7 +44,7 @@ class Payload:
         assert self.collected is not None
         return self.request.offset + self.request.length - len(self.collected)
 
-    def feed(self, received: ReceiveBuffer, explain: Callable[[OSError], Refusal]) -> bool:
+    def feed(self, received: ReceiveBuffer) -> bool:
         """Use what has arrived of it; False if more must arrive first."""
         while not self.is_complete:
             length = min(len(received), self.request.length - self._used)
@@ -53,12 +52,12 @@ class Payload:
                 length = self._piece_bytes(length)
             if not length:
                 return False
-            if self._use(received.view[received.start : received.start + length], explain):
+            if self._use(received.view[received.start : received.start + length]):
                 received.consume(length)
                 self._used += length
         return True
 
-    def _use(self, piece: memoryview, explain: Callable[[OSError], Refusal]) -> bool:
+    def _use(self, piece: memoryview) -> bool:
         """True if `piece` is dealt with; False if it must be looked at again, to be collected."""
         if self.refusal is not None:
             return True
@@ -70,7 +69,7 @@ class Payload:
                 self.collected = bytearray()
                 return False
         except OSError as error:
-            self.refusal = explain(error)
+            self.refusal = explain(error, self.request)
         return True
 
     def _piece_bytes(self, available: int) -> int:

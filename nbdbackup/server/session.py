@@ -181,7 +181,7 @@ class Session:
                 self._schedule_turn()
                 return
             if self._payload is not None:
-                if not self._payload.feed(received, explain):
+                if not self._payload.feed(received):
                     return
                 self._finish_payload(self._payload)
                 continue
@@ -229,7 +229,7 @@ class Session:
             if not self._device.read_nowait(request.offset, data):
                 return False
         except OSError as error:
-            replies.put(self._protocol.reply_error(request, *explain(error)))
+            replies.put(self._protocol.reply_error(request, *explain(error, request)))
             return True
         self._protocol.pack_read_head(replies.data, start, request)
         replies.used = end
@@ -256,7 +256,7 @@ class Session:
                     # The buffer is used again before the task has run.
                     self._start(request, length, bytes(data))
             except OSError as error:
-                refusal = explain(error)
+                refusal = explain(error, request)
         if refusal is not None:
             self._replies.put(self._protocol.reply_error(request, *refusal))
         received.consume(REQUEST_BYTES + length)
