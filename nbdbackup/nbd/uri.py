@@ -1,0 +1,162 @@
+"""NBD URIs: where a server is, and which of its exports is meant.
+
+    nbd://HOST[:PORT]/EXPORT            nbd+unix:///EXPORT?socket=PATH
+    nbds://HOST[:PORT]/EXPORT           nbds+unix:///EXPORT?socket=PATH      the same, with TLS
+
+The export name is the path without its first slash, percent-decoded; no path is the default
+export "". A query parameter that is not known is refused: one that asked for TLS and was silently
+dropped would send the disk in the clear.
+
+Source: the NBD project's doc/uri.md.
+"""
+
+from dataclasses import dataclass
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+from nbdbackup.errors import UsageError
+from nbdbackup.nbd.constants import PORT_DEFAULT, STRING_BYTES_MAX
+
+SCHEMES = ("nbd", "nbd+unix", "nbds", "nbds+unix")
+
+_SAFE = "/"
+"""Kept readable in export names and paths; all else that RFC 3986 does not call unreserved is encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class NbdUri:
+    """An export of a server, on TCP (`host`, `port`) or on a Unix socket (`socket_path`), never both."""
+
+    export: str
+    host: str | None = None
+    port: int = PORT_DEFAULT
+    socket_path: str | None = None
+    tls: bool = False
+    username: str | None = None
+    """For TLS with pre-shared keys."""
+    tls_certificates: str | None = None
+    tls_psk_file: str | None = None
+
+    def __str__(self) -> str:
+        """The URI, as it was meant."""
+        scheme = ("nbds" if self.tls else "nbd") + ("+unix" if self.socket_path is not None else "")
+        parameters = (
+            ("socket", self.socket_path),
+            ("tls-certificates", self.tls_certificates),
+            ("tls-psk-file", self.tls_psk_file),
+        )
+        query = "&".join(
+            f"{key}={quote(value, _SAFE, errors='surrogateescape')}"
+            for key, value in parameters
+            if value is not None
+        )
+        user = "" if self.username is None else quote(self.username, "") + "@"
+        place = user if self.socket_path is not None else f"{user}{_bracketed(self.host or '')}:{self.port}"
+        # A socket's URI has an empty host, which only the slash after it makes visible.
+        path = "/" + quote(self.export, _SAFE) if self.export or self.socket_path is not None else ""
+        return f"{scheme}://{place}{path}" + (f"?{query}" if query else "")
+
+
+def format_tcp(host: str, port: int, export: str) -> str:
+    """The URI of `export` at `host` (a name, an IPv4 or a bare IPv6 address); "" is the default export."""
+    return str(NbdUri(export=export, host=host, port=port))
+
+
+def format_unix(path: str, export: str) -> str:
+    """The URI of `export` on the Unix socket `path`; "" is the default export."""
+    return str(NbdUri(export=export, socket_path=path))
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` begins with an NBD scheme; a path never does, unless it is written `./nbd:...`."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme.lower() in SCHEMES
+
+
+def parse(text: str) -> NbdUri:
+    """Read an NBD URI.
+
+    Raises:
+        UsageError: it is not one, or says something contradictory or not known.
+    """
+    if any(character <= " " or character == "\x7f" for character in text):
+        raise _refused(text, "it has a space or control character; write it percent-encoded")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise _refused(text, str(error)) from None
+    if not is_uri(text):
+        raise _refused(text, f"the scheme must be one of {', '.join(SCHEMES)}")
+    if parts.fragment or text.endswith("#"):
+        raise _refused(text, "it has a fragment; write # in an export name as %23")
+    if parts.password is not None:
+        raise _refused(text, "a password has no place in it")
+    if port == 0:
+        raise _refused(text, "port 0 cannot be connected to")
+    tls = parts.scheme.startswith("nbds")
+    parameters = _parameters(text, parts.query)
+    socket_path = parameters.pop("socket", None)
+    if parameters and not tls:
+        raise _refused(text, f"{next(iter(parameters))} needs nbds:// or nbds+unix://")
+    host = None if parts.hostname is None else _decoded(text, parts.hostname)
+    if parts.scheme.endswith("+unix"):
+        if not socket_path:
+            raise _refused(text, "nbd+unix needs ?socket=PATH")
+        if host or port is not None:
+            raise _refused(
+                text, "a Unix socket has no host; write three slashes, nbd+unix:///EXPORT?socket=PATH"
+            )
+    elif socket_path is not None:
+        raise _refused(text, "socket= needs nbd+unix:// or nbds+unix://")
+    return NbdUri(
+        export=_export_name(text, parts.path),
+        host=(host or "localhost") if socket_path is None else None,
+        port=PORT_DEFAULT if port is None else port,
+        socket_path=socket_path,
+        tls=tls,
+        username=None if parts.username is None else _decoded(text, parts.username),
+        tls_certificates=parameters.get("tls-certificates"),
+        tls_psk_file=parameters.get("tls-psk-file"),
+    )
+
+
+def _parameters(text: str, query: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for pair in query.split("&") if query else ():
+        key, separator, value = pair.partition("=")
+        if key not in ("socket", "tls-certificates", "tls-psk-file"):
+            raise _refused(text, f"query parameter {key!r} is not known")
+        if key in parameters:
+            raise _refused(text, f"{key} is given twice")
+        if not separator or not value:
+            raise _refused(text, f"{key} has no value")
+        # Every parameter is a path, and a path need not be UTF-8.
+        parameters[key] = _decoded(text, value, "surrogateescape")
+    return parameters
+
+
+def _export_name(text: str, path: str) -> str:
+    name = _decoded(text, path.removeprefix("/"))
+    if len(name.encode()) > STRING_BYTES_MAX:
+        raise _refused(text, f"the export name is longer than {STRING_BYTES_MAX} bytes")
+    return name
+
+
+def _decoded(text: str, encoded: str, errors: str = "strict") -> str:
+    # Not unquote_plus: a plus sign in an NBD URI is a plus sign.
+    try:
+        decoded = unquote_to_bytes(encoded).decode("utf-8", errors)
+    except UnicodeError:
+        raise _refused(text, "its percent-encoding is not UTF-8") from None
+    if "\0" in decoded:
+        raise _refused(text, "it has a NUL in it")
+    return decoded
+
+
+def _bracketed(host: str) -> str:
+    return f"[{quote(host, ':')}]" if ":" in host else quote(host, "")
+
+
+def _refused(text: str, reason: str) -> UsageError:
+    shown = text if len(text) <= 200 else text[:200] + "..."
+    return UsageError(f"{shown!r} is not a usable NBD URI: {reason}")
