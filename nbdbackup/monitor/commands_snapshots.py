@@ -1,0 +1,125 @@
+"""Commands that QEMU does not have: snapshots as exports, and backups to a path."""
+
+import os
+
+from nbdbackup.errors import UsageError
+from nbdbackup.fleece.copy_before_write import OnCbwError
+from nbdbackup.job.events import Json
+from nbdbackup.monitor.commands import command
+from nbdbackup.monitor.commands_block import WORKERS_MAX, SyncMode
+from nbdbackup.monitor.context import BackupRequest, Services, SnapshotInfo, SnapshotOptions, TargetPath
+from nbdbackup.monitor.schema import Arguments, NoArguments
+
+
+class SnapshotCreateArguments(Arguments, frozen=True, kw_only=True):
+    nodes: list[str]
+    name: str | None = None
+    scratch: str | None = None
+    scratch_max: int | None = None
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    cbw_timeout: float = 0.0
+
+
+class SnapshotDropArguments(Arguments, frozen=True, kw_only=True):
+    snapshots: list[str]
+
+
+class BackupArguments(Arguments, frozen=True, kw_only=True):
+    node: str
+    target: str
+    existing: bool = False
+    sync: SyncMode
+    job_id: str | None = None
+    speed: int = 0
+    workers: int = 8
+    scratch: str = "auto"
+    scratch_max: int | None = None
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+@command("x-nbdbackup-snapshot-create", SnapshotCreateArguments)
+async def snapshot_create(services: Services, arguments: SnapshotCreateArguments) -> Json:
+    _check_names("nodes", arguments.nodes)
+    _check_positive("scratch-max", arguments.scratch_max)
+    if not 0 <= arguments.cbw_timeout < float("inf"):
+        raise UsageError("Parameter 'cbw-timeout' expects a non-negative number of seconds")
+    options = SnapshotOptions(
+        name=arguments.name,
+        scratch=arguments.scratch,
+        scratch_bytes_max=arguments.scratch_max,
+        on_cbw_error=arguments.on_cbw_error,
+        cbw_timeout_s=arguments.cbw_timeout,
+    )
+    return [_snapshot_info(info) for info in await services.snapshots.create(arguments.nodes, options)]
+
+
+@command("x-nbdbackup-snapshot-drop", SnapshotDropArguments)
+async def snapshot_drop(services: Services, arguments: SnapshotDropArguments) -> Json:
+    _check_names("snapshots", arguments.snapshots)
+    await services.snapshots.drop(arguments.snapshots)
+    return {}
+
+
+@command("x-nbdbackup-query-snapshots", NoArguments)
+async def query_snapshots(services: Services, arguments: NoArguments) -> Json:
+    del arguments
+    return [_snapshot_info(info) for info in services.snapshots.list()]
+
+
+@command("x-nbdbackup-backup", BackupArguments)
+async def backup(services: Services, arguments: BackupArguments) -> Json:
+    arguments.sync.check_served()
+    if not os.path.isabs(arguments.target):
+        raise UsageError(f"Parameter 'target' expects an absolute path, not '{arguments.target}'")
+    if arguments.speed < 0:
+        raise UsageError("Parameter 'speed' expects a non-negative value")
+    if not 1 <= arguments.workers <= WORKERS_MAX:
+        raise UsageError(f"Parameter 'workers' expects a number between 1 and {WORKERS_MAX}")
+    if arguments.scratch not in ("auto", "none") and not os.path.isabs(arguments.scratch):
+        raise UsageError("Parameter 'scratch' expects 'auto', 'none' or the absolute path of a directory")
+    _check_positive("scratch-max", arguments.scratch_max)
+    request = BackupRequest(
+        node=arguments.node,
+        target=TargetPath(arguments.target, arguments.existing),
+        sync=arguments.sync.value,
+        job_id=arguments.job_id,
+        speed=arguments.speed,
+        workers=arguments.workers,
+        scratch=arguments.scratch,
+        scratch_bytes_max=arguments.scratch_max,
+        on_cbw_error=arguments.on_cbw_error,
+        auto_finalize=arguments.auto_finalize,
+        auto_dismiss=arguments.auto_dismiss,
+    )
+    return {"job-id": await services.backups.start(request)}
+
+
+def _check_names(parameter: str, names: list[str]) -> None:
+    if not names:
+        raise UsageError(f"Parameter '{parameter}' expects at least one name")
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"Parameter '{parameter}' names '{name}' twice")
+
+
+def _check_positive(parameter: str, value: int | None) -> None:
+    if value is not None and value <= 0:
+        raise UsageError(f"Parameter '{parameter}' expects a positive number of bytes")
+
+
+def _snapshot_info(info: SnapshotInfo) -> dict[str, Json]:
+    return {
+        "node": info.node,
+        "name": info.name,
+        "export": info.export,
+        "uris": list(info.uris),
+        "created": info.created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "size": info.size,
+        "cluster-size": info.cluster_size,
+        "scratch-used": info.scratch_used,
+        "scratch-max": info.scratch_max,
+        "state": "ok" if info.cause is None else "broken",
+        "cause": info.cause,
+    }
