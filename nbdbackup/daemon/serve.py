@@ -20,7 +20,7 @@ from nbdbackup.errors import DeviceError
 from nbdbackup.job.failures import failure_in
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import Services
-from nbdbackup.monitor.server import MonitorServer
+from nbdbackup.monitor.server import monitor
 from nbdbackup.server.exports import Export, ExportTable
 from nbdbackup.server.listener import Listener, listen_tcp, listen_unix
 from nbdbackup.server.server import Server
@@ -63,7 +63,7 @@ async def _run(
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.set)
-        async with MonitorServer(services, options.control):
+        async with monitor(options.control, services):
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 status = await _serve_until(options, server, stop)
