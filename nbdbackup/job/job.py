@@ -75,7 +75,6 @@ class Job(ABC):
         self._concluded = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         """The task inside `_work`, the stretch that a cancel may interrupt."""
-        self._driver_was_cancelled = False
         self._is_committing = False
         # Set by `attach`.
         self._emit: Callable[[Event], None] = _ignore
@@ -210,7 +209,6 @@ class Job(ABC):
             self._spawn(self)
         elif self._driver is not None:
             self._driver.cancel()
-            self._driver_was_cancelled = True
 
     def pause(self) -> None:
         """Come to rest at the next pause point; work in flight ends first."""
@@ -298,9 +296,7 @@ class Job(ABC):
         if self._cancel_asked:
             self.error = CANCELLED_TEXT
             return False
-        task = asyncio.current_task()
-        assert task is not None
-        self._driver = task
+        self._driver = asyncio.current_task()
         try:
             await self._work()
         except asyncio.CancelledError:
@@ -312,8 +308,6 @@ class Job(ABC):
             self._note_failure(error)
         finally:
             self._driver = None
-            if self._driver_was_cancelled:
-                task.uncancel()
         if self._cancel_asked:
             self.error = CANCELLED_TEXT
         return self.error is None
