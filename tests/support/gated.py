@@ -24,6 +24,7 @@ from nbdbackup.extents import StatusExtent
 
 KINDS = frozenset({"read", "write", "write_zeroes", "trim", "flush", "cache", "block_status"})
 WAIT_S = 10.0
+CANCELLED_WAIT_S = 2.0
 _SETTLE_ROUNDS = 50
 
 
@@ -157,13 +158,20 @@ class GatedDevice(FilterDevice):
 
 
 async def _wait_through(event: asyncio.Event) -> bool:
-    """Wait for `event` however often the task is cancelled; whether it was."""
+    """Wait for `event` however often the task is cancelled; whether it was.
+
+    A failed test cancels its tasks and releases nothing: once cancelled, wait no longer than
+    `CANCELLED_WAIT_S` seconds.
+    """
     cancelled = False
     while not event.is_set():
         try:
-            await event.wait()
+            async with asyncio.timeout(CANCELLED_WAIT_S if cancelled else None):
+                await event.wait()
         except asyncio.CancelledError:
             cancelled = True
+        except TimeoutError:
+            raise AssertionError("a cancelled operation was never released") from None
     return cancelled
 
 

@@ -8,7 +8,7 @@ import pytest
 from nbdbackup.block.executor import IoExecutor
 from tests.support.gated import settle
 
-LIMIT_S = 10.0
+LIMIT_S = 5.0
 
 
 async def test_run_returns_the_result_or_raises() -> None:

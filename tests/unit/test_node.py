@@ -10,7 +10,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node, drained
 from tests.support.gated import GatedDevice, settle
 
-LIMIT_S = 10.0
+LIMIT_S = 5.0
 
 
 def make_node(name: str = "disk") -> tuple[Node, GatedDevice]:
