@@ -251,7 +251,8 @@ class ServerNegotiation:
         if raw is None:
             return False
         flags = messages.CLIENT_HELLO.parse(raw).flags
-        if flags & ~_CLIENT_FLAGS_KNOWN:
+        # Not `~_CLIENT_FLAGS_KNOWN`: the complement of an IntFlag has only the bits that it defines.
+        if flags & ~int(_CLIENT_FLAGS_KNOWN):
             raise ProtocolError(f"the client set flags that were not offered: {int(flags):#x}")
         self._client_flags = flags
         self._state = _State.OPTION_HEAD
