@@ -204,6 +204,13 @@ class ExportNameReply:
 
 
 @dataclass(frozen=True, slots=True)
+class ExportName:
+    """Payload of EXPORT_NAME."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerEntry:
     """One export in the answer to LIST."""
 
@@ -311,7 +318,7 @@ EXPORT_NAME_REPLY_PADDED = Message(
     flags=Code(Int16ub, TransmissionFlags),
     zeroes=Padding(EXPORT_NAME_PADDING_BYTES),
 )
-EXPORT_NAME_REQUEST = Message("EXPORT_NAME", InfoName, name=_STRING_REST, end=Terminated)
+EXPORT_NAME_REQUEST = Message("EXPORT_NAME", ExportName, name=_STRING_REST, end=Terminated)
 SERVER_ENTRY = Message("LIST entry", ServerEntry, name=_STRING, description=_STRING_REST, end=Terminated)
 INFO_REQUEST = Message(
     "payload of INFO or GO",
