@@ -409,7 +409,7 @@ class FileDevice(BlockDevice):
             zero = queue_attribute(status, "write_zeroes_max_bytes") > 0
         else:
             # Behind the end there is nothing to lose, so this only tells whether holes are known here.
-            trim = self._fallocate(Falloc.PUNCH_HOLE, Extent(-(-self.size // 4096 + 1) * 4096, 4096))
+            trim = self._fallocate(Falloc.PUNCH_HOLE, Extent((-(-self.size // 4096) + 1) * 4096, 4096))
             zero = trim
         return Features(trim=trim and self._discard, fast_zero=zero and self._discard, rotational=rotational)
 
