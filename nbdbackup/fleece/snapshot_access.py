@@ -86,6 +86,8 @@ class SnapshotAccess(BlockDevice):
 
     async def trim(self, offset: int, length: int, fua: bool = False) -> None:
         """Give up the whole clusters of the range: see the module's docstring."""
+        if self._dropped:
+            raise SnapshotError(errno.EIO, f"{self} was dropped")
         area = self._copy.discard(Extent(offset, length))
         if area.length:
             # A copy in flight would fill the space again; a write that waits for it goes on after.

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node, drained
-from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT, BlockCopy
+from nbdbackup.fleece.block_copy import BlockCopy
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdbackup.fleece.scratch import Scratch
 from nbdbackup.fleece.snapshot_access import SnapshotAccess
@@ -47,6 +47,7 @@ class Snapshot:
     access: SnapshotAccess
     view: Node
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _scratch_closed: bool = field(default=False, init=False, repr=False)
 
     @property
     def export_name(self) -> str:
@@ -61,17 +62,21 @@ class Snapshot:
     async def drop(self) -> None:
         """Take the filter out, wait for everything that still uses the snapshot, free scratch.
 
-        Whoever reads the view afterwards, or is waiting in a read, gets an error.
+        Whoever reads the view afterwards, or is waiting in a read, gets an error. Goes on where
+        it stopped when it is called again after a cancellation.
         """
         node = self.plan.node
         self.access.end()
         async with drained(node):
-            node.remove(self.filter)
+            if self.filter in node.filters:
+                node.remove(self.filter)
         async with drained(self.view):
             pass
         await self.filter.wait_copies_ended()
         await self.block_copy.close()
-        await self.plan.scratch.close()
+        if not self._scratch_closed:
+            self._scratch_closed = True
+            await self.plan.scratch.close()
 
 
 async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
@@ -85,7 +90,7 @@ async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
 
 def _insert(plan: SnapshotPlan) -> Snapshot:
     below: BlockDevice = plan.node.child
-    block_copy = BlockCopy(below, plan.scratch, CLUSTER_BYTES_DEFAULT, target_zeroed=True)
+    block_copy = BlockCopy(below, plan.scratch, plan.scratch.cluster_bytes, target_zeroed=True)
     filter_ = CopyBeforeWrite(
         below,
         block_copy,
