@@ -26,9 +26,14 @@ class Scratch(FilterDevice):
         self._stored = ClusterBitmap(child.size, cluster_bytes)
 
     @property
+    def cluster_bytes(self) -> int:
+        """The unit of what is stored, and so of the copies that come here."""
+        return self._stored.cluster_bytes
+
+    @property
     def bytes_used(self) -> int:
-        """Bytes of saved clusters that are held now."""
-        return len(self._stored) * self._stored.cluster_bytes
+        """Bytes of saved clusters that are held now; a short last cluster counts as whole."""
+        return len(self._stored) * self.cluster_bytes
 
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
         self._reserve(Extent(offset, len(data)))
@@ -58,8 +63,9 @@ class Scratch(FilterDevice):
     def _check_room(self, area: Extent) -> None:
         if self.bytes_max is None:
             return
-        new = area.length - self._stored.bytes_set(area)
-        if self.bytes_used + new > self.bytes_max:
+        clusters = -(-area.length // self.cluster_bytes)
+        stored = -(-self._stored.bytes_set(area) // self.cluster_bytes)
+        if self.bytes_used + (clusters - stored) * self.cluster_bytes > self.bytes_max:
             raise DeviceError(
                 errno.ENOSPC,
                 f"{self._title} is full: {self.bytes_used} of {self.bytes_max} bytes used (scratch-max)",
