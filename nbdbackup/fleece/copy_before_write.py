@@ -136,9 +136,9 @@ class CopyBeforeWrite(FilterDevice):
         copying = asyncio.get_running_loop().create_task(self.block_copy.copy(area))
         self._late_copies.add(copying)
         copying.add_done_callback(self._late_copies.discard)
+        copying.add_done_callback(_look_at_result)
         done, _ = await asyncio.wait({copying}, timeout=self.cbw_timeout_s)
         if not done:
-            copying.add_done_callback(_forget_result)
             raise TimeoutError(f"no copy within {self.cbw_timeout_s:g} s (cbw-timeout)")
         copying.result()
 
@@ -153,7 +153,7 @@ class CopyBeforeWrite(FilterDevice):
         raise DeviceError(code, f"{self.title} could not save the old contents: {error}") from error
 
 
-def _forget_result(task: "asyncio.Task[None]") -> None:
-    """Look at the outcome, so that a failure which nobody waits for is not reported as unseen."""
+def _look_at_result(task: "asyncio.Task[None]") -> None:
+    """A failure that nobody waits for any more (too late, or the write was cancelled) is no bug."""
     if not task.cancelled():
         task.exception()
