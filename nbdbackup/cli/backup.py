@@ -270,14 +270,15 @@ async def _started(control: Control, options: BackupOptions, interrupted: Interr
 
 
 async def _first(end: "asyncio.Future[R]", other: Awaitable[T]) -> T | None:
-    """What `other` gives, or None if `end` is done before; then `other` is cancelled."""
+    """What `other` gives, or None if only `end` is done; then `other` is cancelled."""
     task = asyncio.ensure_future(other)
     either = asyncio.Event()
     end.add_done_callback(lambda _: either.set())
     task.add_done_callback(lambda _: either.set())
     try:
         await either.wait()
-        return None if end.done() else task.result()
+        # An interrupt that came together with the end counts: it would be lost otherwise.
+        return task.result() if task.done() else None
     finally:
         task.cancel()
         await asyncio.wait([task])

@@ -1,0 +1,344 @@
+"""`backup` and `job`: following a job of the server to its end."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbdbackup.cli.main import main
+from tests.support.fake_qmp import Arguments, Connection, constant, fake_qmp, refusal
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "c"
+    monkeypatch.setenv("NBDBACKUP_CONTROL", str(path))
+    return path
+
+
+class FakeJob:
+    """Job `j` of a server: `start` begins it; each poll moves it on; it ends at the third with `error`."""
+
+    def __init__(self, error: str | None = None, dismissed: bool = True, polls: int = 3) -> None:
+        self.error = error
+        self.dismissed = dismissed
+        self.polls_left = polls
+        self.cancelled = False
+        self.status = "undefined"
+
+    def start(self, connection: Connection, arguments: Arguments) -> object:
+        self.status = "running"
+        connection.status("j", "created", "running")
+        return {"job-id": "j"}
+
+    def query(self, connection: Connection, arguments: Arguments) -> object:
+        if self.status == "running":
+            self.polls_left -= 1
+            if not self.polls_left:
+                self.end(connection)
+        if self.status == "null":
+            return []
+        job = {
+            "id": "j",
+            "type": "backup",
+            "status": self.status,
+            "current-progress": 50,
+            "total-progress": 100,
+        }
+        if self.error is not None and self.status == "concluded":
+            job["error"] = self.error
+        return [job]
+
+    def cancel(self, connection: Connection, arguments: Arguments) -> object:
+        assert arguments == {"id": "j"}
+        self.cancelled = True
+        self.end(connection)
+        return {}
+
+    def end(self, connection: Connection) -> None:
+        data: dict[str, object] = {"type": "backup", "device": "j", "len": 100, "offset": 50, "speed": 0}
+        if self.cancelled:
+            connection.status("j", "aborting")
+            connection.event("BLOCK_JOB_CANCELLED", **data)
+        elif self.error is not None:
+            connection.status("j", "aborting")
+            connection.event("BLOCK_JOB_COMPLETED", error=self.error, **data)
+        else:
+            connection.status("j", "waiting", "pending")
+            connection.event("BLOCK_JOB_COMPLETED", **data | {"offset": 100})
+        connection.status("j", "concluded")
+        self.status = "concluded"
+        if self.dismissed:
+            connection.status("j", "null")
+            self.status = "null"
+
+
+def test_backup_waits_for_the_job_and_exits_with_0(
+    socket_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = FakeJob()
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=job.query) as fake:
+        arguments = ["-r", "1M", "-m", "3", "--scratch", "scr", "--scratch-max", "2M", "--job-id", "j"]
+        assert main(["backup", "disk", "push.img", *arguments]) == 0
+    assert job.status == "null"
+    assert fake.arguments_of("x-nbdbackup-backup") == [
+        {
+            "node": "disk",
+            "target": str(tmp_path / "push.img"),
+            "existing": False,
+            "sync": "full",
+            "speed": 1 << 20,
+            "workers": 3,
+            "scratch": str(tmp_path / "scr"),
+            "scratch-max": 2 << 20,
+            "on-cbw-error": "break-snapshot",
+            "job-id": "j",
+            "auto-finalize": True,
+            "auto-dismiss": True,
+        }
+    ]
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path}/push.img: complete, 100 of disk\n"
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("dismissed", [True, False])
+def test_failed_job_exits_with_1_and_says_why(
+    socket_path: Path, capsys: pytest.CaptureFixture[str], dismissed: bool
+) -> None:
+    job = FakeJob(error="No space left on device", dismissed=dismissed)
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=job.query):
+        assert main(["backup", "disk", "/t"]) == 1
+    assert capsys.readouterr().err == (
+        "nbdbackup: the backup of disk to /t failed: No space left on device\n"
+    )
+
+
+def test_json_tells_the_end_on_standard_output_alone(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob()
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=job.query):
+        assert main(["backup", "disk", "/t", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "job-id": "j",
+        "outcome": "completed",
+        "offset": 100,
+        "len": 100,
+        "error": None,
+    }
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob()
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=job.query):
+        assert main(["backup", "disk", "/t", "-p"]) == 0
+    assert capsys.readouterr().err == "j: 50% (50 of 100), running\n"
+
+
+def test_no_wait_prints_the_id_and_keeps_the_job_listed(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob()
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start) as fake:
+        assert main(["backup", "disk", "/t", "--no-wait"]) == 0
+    assert capsys.readouterr().out == "j\n"
+    assert fake.arguments_of("x-nbdbackup-backup")[0]["auto-dismiss"] is False
+
+
+def test_refused_backup_is_one_line(socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_qmp(
+        socket_path,
+        x_nbdbackup_backup=refusal("/t exists already"),
+        query_named_block_nodes=constant([{"node-name": "disk"}]),
+    ):
+        assert main(["backup", "disk", "/t"]) == 1
+        assert capsys.readouterr().err == "nbdbackup: /t exists already\n"
+        assert main(["backup", "disc", "/t"]) == 10
+        assert "no node 'disc'; it has disk" in capsys.readouterr().err
+
+
+def test_server_that_goes_away_during_the_backup_is_told(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob()
+
+    def die(connection: Connection, arguments: Arguments) -> object:
+        connection.hang_up()
+        return []
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=die):
+        assert main(["backup", "disk", "/t"]) == 1
+    assert "went away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_without_a_terminal_cancels_the_job(
+    socket_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    job = FakeJob(polls=1000)
+    queried = 0
+
+    def query(connection: Connection, arguments: Arguments) -> object:
+        nonlocal queried
+        queried += 1
+        if queried == 2:
+            os.kill(os.getpid(), number)
+        return job.query(connection, arguments)
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=query, job_cancel=job.cancel):
+        assert main(["backup", "disk", "/t"]) == 130
+    assert job.cancelled
+    assert "the backup of disk was cancelled; /t was not made" in capsys.readouterr().err
+
+
+def test_interrupt_while_the_server_starts_the_job_cancels_it(socket_path: Path) -> None:
+    job = FakeJob(polls=1000)
+
+    def start(connection: Connection, arguments: Arguments) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return job.start(connection, arguments)
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=start, query_jobs=job.query, job_cancel=job.cancel):
+        assert main(["backup", "disk", "/t"]) == 130
+    assert job.cancelled
+
+
+def test_interrupt_that_comes_too_late_leaves_the_jobs_own_end(socket_path: Path) -> None:
+    job = FakeJob(polls=1000)
+
+    def cancel(connection: Connection, arguments: Arguments) -> object:
+        job.end(connection)
+        return refusal("Job 'j' in state 'concluded' cannot accept command verb 'cancel'")(connection, {})
+
+    def query(connection: Connection, arguments: Arguments) -> object:
+        if job.polls_left == 999:
+            os.kill(os.getpid(), signal.SIGINT)
+        return job.query(connection, arguments)
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=query, job_cancel=cancel):
+        assert main(["backup", "disk", "/t"]) == 0
+
+
+def test_interrupt_of_another_command_is_130(socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    release = threading.Event()
+
+    def slow(connection: Connection, arguments: Arguments) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        release.wait(30)
+        return []
+
+    with fake_qmp(socket_path, query_named_block_nodes=slow):
+        try:
+            assert main(["node", "list"]) == 130
+        finally:
+            release.set()
+    assert capsys.readouterr().err == "nbdbackup: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sync", "incremental"], "this version does not do sync mode 'incremental' yet"),
+        (["--sync", "some"], "no sync mode"),
+        (["-O", "qcow2"], "this version does not do target format 'qcow2' yet"),
+        (["-r", "fast"], "not a size"),
+        (["-m", "0"], "1 to 64"),
+        (["--bitmap", "b"], "unrecognized arguments: --bitmap"),
+    ],
+)
+def test_what_backup_does_not_do_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert main(["backup", "disk", "/t", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "told"), [("nbd://h/x", "remote targets"), ("/backups/", "chains"), ("", "empty")]
+)
+def test_target_of_a_kind_to_come_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], target: str, told: str
+) -> None:
+    assert main(["backup", "disk", target]) == 2
+    assert told in capsys.readouterr().err
+
+
+# job
+
+
+@pytest.mark.parametrize(
+    ("verb", "command", "sent"),
+    [
+        (["pause", "j"], "job-pause", {"id": "j"}),
+        (["resume", "j"], "job-resume", {"id": "j"}),
+        (["cancel", "j"], "job-cancel", {"id": "j"}),
+        (["finalize", "j"], "job-finalize", {"id": "j"}),
+        (["dismiss", "j"], "job-dismiss", {"id": "j"}),
+        (["set-speed", "j", "2M"], "block-job-set-speed", {"device": "j", "speed": 2 << 20}),
+    ],
+)
+def test_job_verbs_are_qmps(
+    socket_path: Path, verb: list[str], command: str, sent: dict[str, object]
+) -> None:
+    with fake_qmp(socket_path, **{command: constant({})}) as fake:
+        assert main(["job", *verb]) == 0
+    assert fake.calls == [(command, sent)]
+
+
+def test_job_that_does_not_exist_is_10_and_one_that_cannot_is_1(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob(polls=1000)
+    job.status = "running"
+    with fake_qmp(
+        socket_path, job_dismiss=refusal("Job 'j' in state 'running' cannot"), query_jobs=job.query
+    ):
+        assert main(["job", "dismiss", "k"]) == 10
+        assert "no job 'k'; it has j" in capsys.readouterr().err
+        assert main(["job", "dismiss", "j"]) == 1
+        assert "in state 'running' cannot" in capsys.readouterr().err
+        assert main(["job", "watch", "k"]) == 10
+
+
+def test_job_list_shows_progress_and_limit(socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = FakeJob(polls=1000)
+    job.status = "paused"
+    with fake_qmp(
+        socket_path, query_jobs=job.query, query_block_jobs=constant([{"device": "j", "speed": 1 << 20}])
+    ):
+        assert main(["job", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "j",
+        "backup",
+        "paused",
+        "50",
+        "of",
+        "100",
+        "1M/s",
+    ]
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 0), ("No space left on device", 1)])
+@pytest.mark.parametrize("concluded", [False, True])
+def test_job_watch_tells_how_a_job_ends_or_ended(
+    socket_path: Path, capsys: pytest.CaptureFixture[str], error: str | None, status: int, concluded: bool
+) -> None:
+    job = FakeJob(error=error, dismissed=False)
+    job.status = "concluded" if concluded else "running"
+    with fake_qmp(socket_path, query_jobs=job.query):
+        assert main(["job", "watch", "j", "--json"]) == status
+    end = json.loads(capsys.readouterr().out)
+    assert end["outcome"] == ("failed" if error else "completed")
+    assert end["error"] == error
+
+
+def test_job_watch_without_jobs_is_done_at_once(socket_path: Path) -> None:
+    with fake_qmp(socket_path, query_jobs=constant([])):
+        assert main(["job", "watch"]) == 0
