@@ -129,7 +129,8 @@ class Transmission:
         flags = request.flags
         if self._flags & TransmissionFlags.SEND_FUA:
             flags_known |= CommandFlags.FUA
-        if flags & ~flags_known:
+        # Not `~flags_known`: the complement of an IntFlag has only the bits that it defines.
+        if flags & ~int(flags_known):
             return Refusal(Errno.EINVAL, f"flags {flags:#x} do not go with {command.name}")
         if flags & CommandFlags.DF and not self._flags & TransmissionFlags.SEND_DF:
             return Refusal(Errno.EINVAL, "DF was not offered")
