@@ -1,5 +1,6 @@
 """Starting backups: everything that can be refused is refused before anything has changed."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import open_scratch
 from nbdbackup.fleece.snapshots import SnapshotPlan, take_snapshots
 from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
+from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.target import ExistingTarget, Target, open_target
 from nbdbackup.monitor.context import BackupRequest, TargetNode
+
+logger = logging.getLogger(__name__)
 
 CLUSTER_BYTES_MAX = 64 << 20
 
@@ -43,7 +47,18 @@ class Backups:
             await _give_up(target)
             raise
         self._jobs.start(job)
+        logger.info("%s: backup of %s to %s started", job_id, node, target.device)
         return job_id
+
+    @staticmethod
+    def log_event(event: Event) -> None:
+        """Tell the log how a job ended; a listener for `JobRegistry.subscribe`."""
+        if event.name == "BLOCK_JOB_CANCELLED":
+            logger.info("%s: cancelled", event.data["device"])
+        elif event.name == "BLOCK_JOB_COMPLETED" and "error" in event.data:
+            logger.error("%s: failed: %s", event.data["device"], event.data["error"])
+        elif event.name == "BLOCK_JOB_COMPLETED":
+            logger.info("%s: complete", event.data["device"])
 
     async def _open_target(self, node: Node, request: BackupRequest) -> Target:
         target = request.target

@@ -62,6 +62,7 @@ async def _run(
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
+        jobs.subscribe(Backups.log_event)
         services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.set)
         async with monitor(options.control, services):
             with _signals(stop), _pid_file(options.pid_file):

@@ -1,5 +1,6 @@
 """Snapshots as users see them: made together, exported as `NODE@NAME`, dropped by that name."""
 
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, take_snapshots
 from nbdbackup.monitor.context import SnapshotInfo, SnapshotOptions
 from nbdbackup.server.exports import Export
 from nbdbackup.server.server import Server
+
+logger = logging.getLogger(__name__)
 
 NAME_CHARACTERS_MAX = 255
 
@@ -60,6 +63,7 @@ class Snapshots:
             snapshot = self._snapshots.pop(export_name)
             self._server.exports.remove(export_name, f"snapshot {export_name} was dropped")
             await snapshot.drop()
+            logger.info("snapshot %s dropped", export_name)
 
     async def close(self) -> None:
         """Drop all of them."""
@@ -87,6 +91,7 @@ class Snapshots:
 
     def _offer(self, snapshot: Snapshot) -> None:
         self._snapshots[snapshot.export_name] = snapshot
+        logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         self._server.exports.add(Export(snapshot.export_name, snapshot.view, description, read_only=True))
 
