@@ -14,8 +14,8 @@ Where an operation runs decides how fast the server is and whom a slow disk can 
   took long (dirty pages are being throttled, or allocation is slow) sends the
   following writes to the executor for a while (`WriteGuard`).
 
-A failed fdatasync is remembered and fails every later flush: the kernel reports lost
-writes once and then forgets them, and a later success would be a lie.
+A failed sync is remembered and fails every later flush: the kernel reports lost writes
+once and then forgets them, and a later success would be a lie.
 """
 
 import errno
@@ -263,6 +263,8 @@ class FileDevice(BlockDevice):
                 count = os.pwritev(self._fd, (rest,), offset, flags)
             except OSError as error:
                 if not flags or error.errno not in _UNSUPPORTED:
+                    if flags and error.errno == errno.EIO:
+                        self._sync_error = error
                     raise
                 flags = 0
                 continue
