@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackup.block.file import FileDevice
+from nbdbackup.block.locks import lock_image
 from nbdbackup.errors import ConflictError
 from tests.support.disks import MIB, make_disk, sha256
 from tests.support.peers import require
@@ -123,14 +124,15 @@ async def test_image_that_qemu_only_reads_can_be_served(image: Path) -> None:
         await writer.close()
 
 
-async def test_refused_open_leaves_no_lock_behind(image: Path) -> None:
-    first = FileDevice.open(str(image), read_only=True)
-    other = FileDevice.open(str(image))
+def test_refused_lock_leaves_none_behind(image: Path) -> None:
+    writer = os.open(image, os.O_RDWR)
+    lock_image(writer, str(image), writable=True)
+    refused = os.open(image, os.O_RDWR)
     with pytest.raises(ConflictError):
-        FileDevice.open(str(image))
-    await other.close()
-    await first.close()
+        lock_image(refused, str(image), writable=True)
+    os.close(writer)
     assert run("qemu-io", "-f", "raw", "-c", "write 0 512", str(image)).returncode == 0
+    os.close(refused)
 
 
 async def test_lock_can_be_left_out(image: Path) -> None:

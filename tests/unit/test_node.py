@@ -92,7 +92,7 @@ async def test_several_nodes_are_still_at_one_instant() -> None:
         await b.write(0, b"1")
 
     async def drain() -> None:
-        async with drained(b, a):
+        async with drained(a, b):
             entered.set()
             await leave.wait()
 
