@@ -9,7 +9,7 @@ from nbdbackup import __version__
 from nbdbackup.cli.failures import guarded
 from nbdbackup.cli.parser import Parser
 
-VERBS = ("serve", "snapshot", "backup", "job", "node", "qmp", "completion")
+VERBS = ("serve", "snapshot", "backup", "job", "node", "qmp", "demo", "completion")
 
 DESCRIPTION = """\
 Serve disks over NBD, show them as they were at one point in time, and back that up
@@ -17,7 +17,9 @@ while their clients go on writing."""
 
 EPILOG = """\
 exit status: 0 done; 1 failed; 2 wrong usage; 10 no such server, node, snapshot or job;
-130 interrupted. Sizes and rates: 512, 64K, 1M, 2G (powers of 1024)."""
+130 interrupted. Sizes and rates: 512, 64K, 1M, 2G (powers of 1024).
+
+'nbdbackup demo' shows the main job on a temporary disk, with the commands to do the same."""
 
 
 def build_parser(verbs: Sequence[str] = VERBS) -> Parser:
