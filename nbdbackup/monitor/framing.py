@@ -26,8 +26,8 @@ NESTING_MAX = 512
 
 _NEVER = rb"\x00-\x1f\xc0\xc1\xf5-\xff"
 """Bytes that no string holds: control characters, and what UTF-8 has no use for."""
-_DOUBLE = rb'"(?:[^"\\%b]|\\[^%b])*' % (_NEVER, _NEVER)
-_SINGLE = rb"'(?:[^'\\%b]|\\[^%b])*" % (_NEVER, _NEVER)
+_DOUBLE = rb'"[^"\\%b]*+(?:\\[^%b][^"\\%b]*+)*+' % (_NEVER, _NEVER, _NEVER)
+_SINGLE = rb"'[^'\\%b]*+(?:\\[^%b][^'\\%b]*+)*+" % (_NEVER, _NEVER, _NEVER)
 _TOKEN = re.compile(
     rb"""
     (?P<space>   [ \t\r\n]+ )
