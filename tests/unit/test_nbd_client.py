@@ -196,8 +196,9 @@ def test_breach_or_refusal_by_the_server_is_one_clear_error(answer: bytes, reaso
     "items",
     [[(1, b"x:y")], [(1, b"base:allocation")] * 2, [(1, b"base:allocation"), (2, b"base:allocation")]],
 )
-def test_meta_contexts_that_were_not_asked_for_are_a_breach(items: list[tuple[int, bytes]]) -> None:
-    client = past_greeting()
+def test_meta_contexts_not_asked_for_or_told_twice_are_a_breach(items: list[tuple[int, bytes]]) -> None:
+    client = ClientNegotiation("disk", contexts=("base:allocation", "qemu:allocation-depth"))
+    client.receive(GREETING + b"\0\3")
     client.receive(wire.option_reply(wire.STRUCTURED_REPLY, wire.ACK))
     raw = b"".join(
         wire.option_reply(wire.SET_META_CONTEXT, wire.META_CONTEXT, struct.pack(">I", number) + name)
