@@ -194,7 +194,12 @@ def test_breach_or_refusal_by_the_server_is_one_clear_error(answer: bytes, reaso
 
 @pytest.mark.parametrize(
     "items",
-    [[(1, b"x:y")], [(1, b"base:allocation")] * 2, [(1, b"base:allocation"), (2, b"base:allocation")]],
+    [
+        [(1, b"x:y")],
+        [(1, b"base:allocation")] * 2,
+        [(1, b"base:allocation"), (2, b"base:allocation")],
+        [(1, b"base:allocation"), (1, b"qemu:allocation-depth")],
+    ],
 )
 def test_meta_contexts_not_asked_for_or_told_twice_are_a_breach(items: list[tuple[int, bytes]]) -> None:
     client = ClientNegotiation("disk", contexts=("base:allocation", "qemu:allocation-depth"))
