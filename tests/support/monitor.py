@@ -70,6 +70,9 @@ class FakeBackups:
     requests: list[BackupRequest] = field(default_factory=list)
     started: list[ScriptedJob] = field(default_factory=list)
     failure: Exception | None = None
+    steps_allowed: int = 0
+    """How far a new job goes without being told."""
+    steps_in_all: int = 1
 
     async def start(self, request: BackupRequest) -> str:
         self.requests.append(request)
@@ -77,12 +80,14 @@ class FakeBackups:
             raise self.failure
         job = ScriptedJob(
             self.jobs.new_id(request.job_id),
+            steps=self.steps_in_all,
             speed=request.speed,
             auto_finalize=request.auto_finalize,
             auto_dismiss=request.auto_dismiss,
         )
         self.jobs.add(job)
         self.jobs.start(job)
+        job.step(self.steps_allowed)
         self.started.append(job)
         return job.id
 
