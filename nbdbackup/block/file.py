@@ -109,7 +109,7 @@ class FileDevice(BlockDevice):
         self._write_nowait_works = locality is Locality.LOCAL
         self._missing_modes: set[Falloc] = set()
         self._sync_error: OSError | None = None
-        self.features = self._find_features(status)
+        self.features = self._find_features(status, locality)
 
     @classmethod
     def open(
@@ -391,6 +391,8 @@ class FileDevice(BlockDevice):
             raise
 
     async def cache(self, offset: int, length: int) -> None:
+        if not length:
+            return  # To posix_fadvise that means everything from `offset` on.
         await self._executor.run(os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def offload_fd(self) -> int:
@@ -402,18 +404,18 @@ class FileDevice(BlockDevice):
         finally:
             self._executor.shutdown()
 
-    def _find_features(self, status: os.stat_result) -> Features:
+    def _find_features(self, status: os.stat_result, locality: Locality) -> Features:
         rotational = queue_attribute(status, "rotational") == 1
         if self.read_only:
             return Features(rotational=rotational)
         if self._is_block_device:
             trim = queue_attribute(status, "discard_max_bytes") > 0
-            zero = queue_attribute(status, "write_zeroes_max_bytes") > 0
+            fast_zero = queue_attribute(status, "write_zeroes_max_bytes") > 0 and self._discard
         else:
-            # Behind the end there is nothing to lose, so this only tells whether holes are known here.
-            trim = self._fallocate(Falloc.PUNCH_HOLE, Extent((-(-self.size // 4096) + 1) * 4096, 4096))
-            zero = trim
-        return Features(trim=trim and self._discard, fast_zero=zero and self._discard, rotational=rotational)
+            # Known, not probed: even a hole behind the end changes the file's times.
+            trim = True
+            fast_zero = locality is Locality.LOCAL or (locality is Locality.MEMORY and self._discard)
+        return Features(trim=trim and self._discard, fast_zero=fast_zero, rotational=rotational)
 
 
 def _open_existing(path: str, read_only: bool) -> int:
