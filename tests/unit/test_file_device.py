@@ -32,6 +32,12 @@ class Clock:
         return self.now
 
 
+def open_unhurried(path: Path, clock: Clock | None = None) -> FileDevice:
+    """A device for which no write is slow, however busy the machine."""
+    fd = os.open(path, os.O_RDWR)
+    return FileDevice(fd, str(path), os.fstat(fd).st_size, clock=clock or Clock())
+
+
 # Opening and creating.
 
 
@@ -168,8 +174,8 @@ def test_guard_doubles_its_backoff_while_writes_stay_slow() -> None:
 async def test_slow_write_sends_the_next_ones_to_the_executor(tmp_path: Path) -> None:
     clock = Clock()
     path = make_disk(tmp_path / "disk.img", MIB)
-    fd = os.open(path, os.O_RDWR)
-    device = FileDevice(fd, str(path), MIB, clock=clock)
+    device = open_unhurried(path, clock)
+    fd = device.offload_fd()
     assert device.write_nowait(0, bytes(4096))
     clock.step_s = SLOW_WRITE_S * 2
     assert device.write_nowait(4096, b"slow" * 1024)
@@ -185,7 +191,7 @@ async def test_slow_write_sends_the_next_ones_to_the_executor(tmp_path: Path) ->
 
 async def test_cached_bytes_are_read_and_written_in_place(tmp_path: Path) -> None:
     path = make_disk(tmp_path / "disk.img", MIB)
-    device = FileDevice.open(str(path))
+    device = open_unhurried(path)
     if file_locality(device.offload_fd()) is Locality.UNKNOWN:
         pytest.skip("the temporary directory's file system is not known to be local")
     assert device.read_nowait(5, bytearray(4096))
@@ -196,7 +202,7 @@ async def test_cached_bytes_are_read_and_written_in_place(tmp_path: Path) -> Non
 
 async def test_part_of_a_page_that_is_not_cached_is_not_written_in_place(tmp_path: Path) -> None:
     path = make_disk(tmp_path / "disk.img", MIB)
-    device = FileDevice.open(str(path))
+    device = open_unhurried(path)
     fd = device.offload_fd()
     if file_locality(fd) is not Locality.LOCAL:
         pytest.skip("the temporary directory's file system has no cache to be cold")
@@ -239,6 +245,45 @@ async def test_unknown_rwf_nowait_is_learned_once(tmp_path: Path, monkeypatch: p
         assert not device.read_nowait(0, bytearray(512))
         assert not device.read_nowait(0, bytearray(512))
     assert len(calls) == 1
+    await device.close()
+
+
+async def test_write_that_would_wait_is_left_to_the_executor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As XFS and btrfs answer RWF_NOWAIT: EAGAIN where they would have to wait."""
+
+    def would_wait(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        assert flags == os.RWF_NOWAIT
+        raise BlockingIOError(errno.EAGAIN, "would wait")
+
+    monkeypatch.setattr(file_module, "file_locality", lambda fd: Locality.LOCAL)
+    path = make_disk(tmp_path / "disk.img", 8192)
+    before = path.read_bytes()
+    device = open_unhurried(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", would_wait)
+        assert not device.write_nowait(0, b"x" * 4096)
+        assert not device.write_nowait(4096, b"x" * 4096)
+    assert path.read_bytes() == before
+    await device.close()
+
+
+async def test_write_done_in_part_without_waiting_is_finished_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_write = os.pwritev
+
+    def write_some(fd: int, buffers: list[bytes], offset: int, flags: int = 0) -> int:
+        return real_write(fd, [memoryview(buffers[0])[:1000]], offset)
+
+    monkeypatch.setattr(file_module, "file_locality", lambda fd: Locality.LOCAL)
+    path = make_disk(tmp_path / "disk.img", 8192)
+    device = open_unhurried(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", write_some)
+        assert device.write_nowait(4096, b"x" * 4096)
+    assert path.read_bytes()[4096:] == b"x" * 4096
     await device.close()
 
 
