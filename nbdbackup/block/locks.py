@@ -98,13 +98,13 @@ def _flock(kind: int, place: int) -> bytes:
 
 def _conflict_message(fd: int, path: str, writable: bool) -> str:
     holder = _find_holder(fd)
-    if holder is None:
-        line = f"{path} is locked by another process (another nbdbackup, or QEMU?): stop that one first"
-    elif holder == os.getpid():
-        line = f"{path} is already open in this server, and cannot be used twice at once: leave one out"
-    else:
-        line = f"{path} is locked by {_process_name(holder)} (process {holder}): stop that one first"
-    return line + (", or open the image read-only (--read-only)" if writable else "")
+    if holder == os.getpid():
+        return f"{path} is already open in this server, and cannot be used twice at once: leave one out"
+    who = "another process (another nbdbackup, or QEMU?)"
+    if holder is not None:
+        who = f"{_process_name(holder)} (process {holder})"
+    hint = ", or open the image read-only (--read-only)" if writable else ""
+    return f"{path} is locked by {who}: stop that one first{hint}"
 
 
 def _find_holder(fd: int) -> int | None:
