@@ -195,6 +195,7 @@ async def test_shutdown_gives_up_on_a_client_that_does_not_read(monkeypatch: pyt
     async with serving(export_of(MemoryDevice(SIZE)), socket_bytes=64 * KIB) as served:
         for _ in range(8):
             await served.client.ask(Command.READ, 0, MIB)
+        await settle()
         served.session.shut_down()
         with pytest.raises(ConnectionAbortedError, match="does not read"):
             await served.wait_ended()
