@@ -41,6 +41,7 @@ WRITES_BEFORE = 500
 WRITES_TIMEOUT_S = 30
 PACE_S = 0.001
 SNAPSHOT = "disk@before"
+PARENT_BYTES_MAX = 64
 
 DESCRIPTION = """\
 Serve a temporary disk of 64 MiB, keep writing to it over NBD, and meanwhile take a snapshot,
@@ -76,8 +77,14 @@ def run(namespace: argparse.Namespace) -> int:
     options = DemoOptions(namespace.verbose)
     # So that SIGTERM cleans up, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="nbdbackup-demo-") as directory:
+    with tempfile.TemporaryDirectory(prefix="nbdbackup-demo-", dir=_parent_directory()) as directory:
         return Demo(Path(directory), options).run()
+
+
+def _parent_directory() -> str:
+    """The usual place for temporary files, unless paths of sockets in there would be too long."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= PARENT_BYTES_MAX else "/tmp"
 
 
 class Writer:

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -410,30 +411,37 @@ def test_node_info_shows_exports_and_snapshots(server: Server) -> None:
     assert "disk@s1" in shown
 
 
-def test_demo_shows_equal_hashes_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """An empty directory whose path is short enough for sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="nbdbackup-test-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+def test_demo_shows_equal_hashes_and_leaves_nothing(short_directory: Path) -> None:
     result = subprocess.run(
         [*COMMAND, "demo"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_directory)},
     )
     assert result.returncode == 0, result
     hashes = [word for word in result.stdout.split() if len(word) == 64]
     assert len(hashes) == 4
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
     assert "nbdbackup snapshot create disk" in result.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_directory.iterdir()) == []
 
 
-def test_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_demo_leaves_nothing(short_directory: Path) -> None:
     with subprocess.Popen(
         [*COMMAND, "demo"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "TMPDIR": str(short_directory), "PYTHONUNBUFFERED": "1"},
     ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
@@ -443,4 +451,4 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
         _, err = demo.communicate(timeout=WAIT_S)
     assert demo.returncode == 130
     assert err == "nbdbackup: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_directory.iterdir()) == []

@@ -5,6 +5,8 @@ import select
 import signal
 import socket
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,10 @@ class Start:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
-    directory = tmp_path / "daemon"
-    directory.mkdir()
-    return Start(directory)
+def start() -> Iterator[Start]:
+    # Not below tmp_path: the path of a socket must fit into 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="nbdbackup-test-", dir="/tmp") as directory:
+        yield Start(Path(directory))
 
 
 def test_missing_source(start: Start, tmp_path: Path) -> None:
