@@ -30,6 +30,7 @@ class Snapshots:
         # Changing while running.
         self._snapshots: dict[str, Snapshot] = {}
         self._names_being_made: set[str] = set()
+        self._ending: set[Snapshot] = set()
 
     def list(self) -> Sequence[SnapshotInfo]:
         """Every live snapshot, the oldest first."""
