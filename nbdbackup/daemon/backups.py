@@ -93,7 +93,8 @@ def _options(request: BackupRequest) -> BackupOptions:
         raise UsageError(f"min-cluster-size must be a power of two up to {CLUSTER_BYTES_MAX}")
     if 0 < request.chunk_bytes_max < cluster_bytes:
         raise UsageError(
-            f"Required max-chunk ({request.chunk_bytes_max}) is less than backup cluster size ({cluster_bytes})"
+            f"Required max-chunk ({request.chunk_bytes_max}) is less than "
+            f"backup cluster size ({cluster_bytes})"
         )
     return BackupOptions(
         speed=request.speed,

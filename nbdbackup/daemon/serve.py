@@ -42,6 +42,10 @@ class Stop:
             self.reason = reason
             self._requested.set()
 
+    def request_by_qmp(self) -> None:
+        """Ask the daemon to end, as a monitor's client does."""
+        self.request("host-qmp-quit")
+
     async def wait(self) -> None:
         """Return once the end was asked for."""
         await self._requested.wait()
@@ -82,9 +86,7 @@ async def _run(
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        services = Services(
-            jobs, snapshots, Backups(graph, jobs), graph, lambda: stop.request("host-qmp-quit")
-        )
+        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.request_by_qmp)
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
