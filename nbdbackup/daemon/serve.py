@@ -107,7 +107,7 @@ async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int
     notify("READY=1")
     if options.run_command is not None:
         return await _run_command(options.run_command, server.uris()[0], stop)
-    ends = [asyncio.ensure_future(stop.wait())]
+    ends: list[asyncio.Future[object]] = [asyncio.ensure_future(stop.wait())]
     if options.exit_on_last:
         ends.append(asyncio.ensure_future(server.last_client_left.wait()))
     try:
