@@ -10,7 +10,7 @@ from nbdbackup.cli import logs
 from nbdbackup.cli.failures import guarded
 from nbdbackup.cli.fork import run_detached
 from nbdbackup.cli.parser import Parser, Verbs, add_verbose, control_path, count, only, state_directory
-from nbdbackup.daemon import ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.daemon import ServeOptions, SourceSpec, TcpAddress, TlsOptions, UnixAddress
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
 
 DEFAULT_HOST = "127.0.0.1"
@@ -24,13 +24,14 @@ Serve files and block devices over NBD until stopped by SIGTERM or SIGINT.
 
 Client writes go to SOURCE itself. SOURCE is locked against other writers (another
 nbdbackup, QEMU, qemu-nbd). Prints 'listening on URI' for every address once clients
-can connect. There is no encryption and no authentication: whoever can connect can read
-and write, so a TCP address other than this machine's own needs a network you trust."""
+can connect. Without --tls, nothing is encrypted and whoever can connect can read and write;
+with it, everything is, and with --tls-verify-peer only those with a certificate come in."""
 
 EPILOG = """\
 examples:
   nbdbackup serve disk=/var/lib/images/vm.img
-  nbdbackup serve -k /run/vm.sock root=/dev/vg/root data=/dev/vg/data"""
+  nbdbackup serve -k /run/vm.sock root=/dev/vg/root data=/dev/vg/data
+  nbdbackup serve -b 0.0.0.0 --tls require --tls-creds /etc/pki/nbd --tls-verify-peer vm.img"""
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -52,6 +53,7 @@ def add_parser(verbs: Verbs) -> None:
         help="serve the bytes of SOURCE as they are, also when they look like an image format",
     )
     _add_listeners(parser)
+    _add_tls(parser)
     parser.add_argument(
         "-r", "--read-only", action="store_true", help="refuse every write; SOURCE is opened so"
     )
@@ -114,6 +116,55 @@ def _add_listeners(parser: Parser) -> None:
     )
 
 
+def _add_tls(parser: Parser) -> None:
+    parser.add_argument(
+        "--tls",
+        choices=("off", "on", "require"),
+        help="on: clients may use TLS, require: they must, or get nothing but an error "
+        "(default: require with --tls-creds or --tls-psk, else off)",
+    )
+    parser.add_argument(
+        "--tls-creds",
+        type=Path,
+        metavar="DIR",
+        help="certificates, named as QEMU and nbdkit have them: ca-cert.pem, server-cert.pem, "
+        "server-key.pem, and ca-crl.pem if some are revoked; read once, at the start",
+    )
+    parser.add_argument(
+        "--tls-psk",
+        type=Path,
+        metavar="FILE",
+        help="pre-shared keys in place of certificates, NAME:HEX lines as psktool makes them; whoever has "
+        "one may connect (Python 3.13 or later)",
+    )
+    parser.add_argument(
+        "--tls-verify-peer",
+        action="store_true",
+        help="refuse TLS clients without a certificate that ca-cert.pem vouches for",
+    )
+    parser.add_argument(
+        "--tls-authz",
+        action="append",
+        default=[],
+        metavar="DN",
+        help="refuse TLS clients whose certificate is not for this distinguished name, "
+        "'CN=backup,O=Example' (may be repeated; implies --tls-verify-peer)",
+    )
+    parser.add_argument(
+        "--tls-authz-file",
+        type=Path,
+        metavar="FILE",
+        help="distinguished names as for --tls-authz, one a line",
+    )
+    parser.add_argument(
+        "--tls-only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --tls on: clients without TLS do not see this export and its snapshots (may be repeated)",
+    )
+
+
 def run(namespace: argparse.Namespace) -> int:
     """Serve as the command line says."""
     options = serve_options(namespace)
@@ -156,8 +207,10 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         )
     if len(namespace.description.encode()) > DESCRIPTION_BYTES_MAX:
         raise UsageError(f"-D/--description has at most {DESCRIPTION_BYTES_MAX} bytes")
+    sources = _sources(namespace.sources, namespace.export_name, namespace.format)
+    tls = tls_options(namespace)
     return ServeOptions(
-        sources=_sources(namespace.sources, namespace.export_name, namespace.format),
+        sources=sources,
         listeners=_listeners(namespace.bind, namespace.port, namespace.socket),
         control=_socket_path("--control", str(control_path(namespace.control))),
         state_dir=state_directory(namespace.state_dir).absolute(),
@@ -165,10 +218,52 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         clients_max=namespace.shared,
         description=namespace.description,
         discard=namespace.discard,
+        tls=tls,
+        tls_only=_tls_only(namespace.tls_only, sources, tls),
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,
         exit_on_last=namespace.exit_on_last,
     )
+
+
+def tls_options(namespace: argparse.Namespace) -> TlsOptions | None:
+    """What `namespace` says about TLS; None: there is none.
+
+    Raises:
+        UsageError: it contradicts itself.
+    """
+    certificates, keys = namespace.tls_creds, namespace.tls_psk
+    if certificates is not None and keys is not None:
+        raise UsageError("--tls-creds and --tls-psk contradict each other: clients have certificates or keys")
+    has_list = bool(namespace.tls_authz) or namespace.tls_authz_file is not None
+    wants_names = namespace.tls_verify_peer or has_list
+    if keys is not None and wants_names:
+        raise UsageError("--tls-verify-peer and --tls-authz are for certificates, --tls-psk goes without")
+    if certificates is None and keys is None:
+        if namespace.tls in ("on", "require"):
+            raise UsageError(f"--tls {namespace.tls} needs --tls-creds DIR or --tls-psk FILE")
+        if wants_names:
+            raise UsageError("--tls-verify-peer and --tls-authz need --tls-creds DIR")
+        return None
+    if namespace.tls == "off":
+        raise UsageError("--tls off and --tls-creds or --tls-psk contradict each other")
+    return TlsOptions(
+        required=namespace.tls != "on",
+        certificates=certificates and certificates.absolute(),
+        keys=keys and keys.absolute(),
+        verify_peer=wants_names,
+        authorised=tuple(namespace.tls_authz),
+        authorised_file=namespace.tls_authz_file and namespace.tls_authz_file.absolute(),
+    )
+
+
+def _tls_only(names: list[str], sources: tuple[SourceSpec, ...], tls: TlsOptions | None) -> frozenset[str]:
+    if names and tls is None:
+        raise UsageError("--tls-only needs --tls on: without TLS nobody could use that export")
+    for name in names:
+        if all(source.name != name for source in sources):
+            raise UsageError(f"--tls-only {name}: no source is called that")
+    return frozenset(names)
 
 
 def _sources(

@@ -30,6 +30,20 @@ class UnixAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """TLS for clients: with `certificates`, a directory, or with `keys`, a file; one of the two."""
+
+    required: bool
+    """Whether every client must use it."""
+    certificates: Path | None = None
+    keys: Path | None = None
+    verify_peer: bool = False
+    authorised: tuple[str, ...] = ()
+    """Distinguished names; with these and `authorised_file` empty, whoever has a certificate may come in."""
+    authorised_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServeOptions:
     """Everything that `serve` can be told."""
 
@@ -43,6 +57,9 @@ class ServeOptions:
     description: str = ""
     discard: str = "unmap"
     """"unmap", or "ignore": trim does nothing and zeroes stay allocated."""
+    tls: TlsOptions | None = None
+    tls_only: frozenset[str] = frozenset()
+    """Sources that clients without TLS cannot use."""
     pid_file: Path | None = None
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""

@@ -16,6 +16,7 @@ from nbdbackup.daemon.notify import notify
 from nbdbackup.daemon.options import ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
+from nbdbackup.daemon.tls import server_tls, warn_if_open
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
@@ -63,11 +64,13 @@ async def serve(options: ServeOptions) -> int:
         state = StateDirectory(options.state_dir)
         state.open()
         stack.callback(state.close)
+        tls = server_tls(options.tls)
         exports = ExportTable()
         graph = Graph(exports)
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
-        server = Server(exports, _listen(options, stack), options.clients_max)
+        server = Server(exports, _listen(options, stack), options.clients_max, tls)
+        warn_if_open(server.listeners, options.tls)
         try:
             return await _run(options, stack, state, graph, server)
         except ExceptionGroup as group:
@@ -146,7 +149,8 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
         except BaseException:
             await device.close()
             raise
-        exports.add(Export(source.name, node, options.description, options.read_only))
+        tls_only = source.name in options.tls_only
+        exports.add(Export(source.name, node, options.description, options.read_only, tls_only))
 
 
 def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:

@@ -4,8 +4,8 @@ Both are used in place: a request's payload is written to the device from where 
 received, and a read's data is read from the device to where it is sent from.
 """
 
-import socket
 from collections import deque
+from typing import Protocol
 
 RECEIVE_BYTES = 512 << 10
 """Many small requests, or two pieces of a large write."""
@@ -13,6 +13,16 @@ REPLY_BYTES = (1 << 20) + 4096
 """A batch of replies; the longest read that is served in place fits."""
 REPLY_FLUSH_BYTES = 256 << 10
 """A batch this long is sent even if more requests are waiting, while it is in the cache."""
+
+
+class ByteStream(Protocol):
+    """What is needed of a socket, or of TLS on one. Neither call waits: BlockingIOError instead."""
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Receive once; the number of bytes, 0 at the end of the stream."""
+
+    def send(self, data: memoryview, /) -> int:
+        """Send some of `data`; after BlockingIOError, the next call has to begin with the same."""
 
 
 class ReceiveBuffer:
@@ -34,7 +44,7 @@ class ReceiveBuffer:
         self.view[self.end : self.end + len(data)] = data
         self.end += len(data)
 
-    def receive(self, sock: socket.socket) -> int:
+    def receive(self, stream: ByteStream) -> int:
         """Receive once. Returns the number of bytes, 0 at the end of the stream.
 
         Raises:
@@ -44,7 +54,7 @@ class ReceiveBuffer:
             self.start = self.end = 0
         elif self.end == RECEIVE_BYTES:
             self._compact()
-        length = sock.recv_into(self.view[self.end :])
+        length = stream.recv_into(self.view[self.end :])
         self.end += length
         return length
 
@@ -95,7 +105,7 @@ class ReplyBuffer:
         else:
             self._queue.append(memoryview(reply))
 
-    def send(self, sock: socket.socket) -> bool:
+    def send(self, stream: ByteStream) -> bool:
         """Send what the socket takes; True if nothing is left.
 
         Raises:
@@ -103,11 +113,11 @@ class ReplyBuffer:
         """
         try:
             while self._sent < self.used:
-                self._sent += sock.send(self.view[self._sent : self.used])
+                self._sent += stream.send(self.view[self._sent : self.used])
             self.used = self._sent = 0
             while self._queue:
                 head = self._queue[0]
-                sent = sock.send(head)
+                sent = stream.send(head)
                 if sent == len(head):
                     self._queue.popleft()
                 else:

@@ -25,11 +25,13 @@ class Export:
     node: Node
     description: str = ""
     read_only: bool = False
+    tls_only: bool = False
+    """Shown to clients with TLS alone; so is every snapshot of it."""
     clients: set[Client] = field(default_factory=set)
 
     def info(self) -> ExportInfo:
         """What negotiation tells a client."""
-        return ExportInfo(self.name, self.description, self.node.size, self._flags())
+        return ExportInfo(self.name, self.description, self.node.size, self._flags(), tls_only=self.tls_only)
 
     def _flags(self) -> TransmissionFlags:
         features = self.node.features

@@ -1,6 +1,7 @@
 """Listening sockets: TCP and Unix."""
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -20,12 +21,17 @@ class Listener:
     path: str | None = None
     """Of a Unix socket: removed when the listener is closed."""
 
-    def uri(self, export: str = "") -> str:
-        """The NBD URI of `export` here."""
+    def uri(self, export: str = "", *, tls: bool = False) -> str:
+        """The NBD URI of `export` here, `tls`: to be used with TLS."""
         if self.path is not None:
-            return format_unix(self.path, export)
+            return format_unix(self.path, export, tls=tls)
         host, port = self.sock.getsockname()[:2]
-        return format_tcp(host, port, export)
+        return format_tcp(host, port, export, tls=tls)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines can connect."""
+        return self.path is None and not ipaddress.ip_address(self.sock.getsockname()[0]).is_loopback
 
     def close(self) -> None:
         """Stop listening."""

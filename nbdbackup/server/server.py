@@ -7,10 +7,13 @@ import socket
 from collections.abc import Sequence
 
 from nbdbackup.errors import NotFoundError, ProtocolError
+from nbdbackup.nbd.negotiation import TlsMode
 from nbdbackup.server.exports import ExportTable
 from nbdbackup.server.handshake import negotiate
 from nbdbackup.server.listener import Listener
 from nbdbackup.server.session import Session
+from nbdbackup.server.tls import ServerTls
+from nbdbackup.tls.stream import TlsStream
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +24,19 @@ SOCKET_BUFFER_BYTES = 1 << 20
 class Server:
     """Serves `exports` on `listeners`, at most `clients_max` clients at once (0: no limit).
 
-    `last_client_left` is set when a client leaves and none remains.
+    `tls` None: none is offered. `last_client_left` is set when a client leaves and none remains.
     """
 
-    def __init__(self, exports: ExportTable, listeners: Sequence[Listener], clients_max: int = 0) -> None:
+    def __init__(
+        self,
+        exports: ExportTable,
+        listeners: Sequence[Listener],
+        clients_max: int = 0,
+        tls: ServerTls | None = None,
+    ) -> None:
         self.exports = exports
         self.listeners = list(listeners)
+        self._tls = tls
         self._slots = asyncio.Semaphore(clients_max) if clients_max else None
         # Changing while running.
         self._accepting: list[asyncio.Task[None]] = []
@@ -41,7 +51,8 @@ class Server:
 
     def uris(self, export: str = "") -> list[str]:
         """The URI of `export` on each listener."""
-        return [listener.uri(export) for listener in self.listeners]
+        tls = self._tls is not None and self._tls.mode is TlsMode.REQUIRE
+        return [listener.uri(export, tls=tls) for listener in self.listeners]
 
     async def run(self) -> None:
         """Accept and serve until `stop`; ends when the last client is gone."""
@@ -105,21 +116,22 @@ class Server:
             logger.exception("client %s disconnected by an internal error", peer)
 
     async def _negotiate_and_serve(self, sock: socket.socket, peer: str) -> None:
-        agreed = await negotiate(sock, self.exports)
-        if agreed is None:
+        agreement = await negotiate(sock, self.exports, self._tls)
+        if agreement is None:
             logger.debug("client %s left without choosing an export", peer)
             return
-        negotiated, leftover = agreed
-        export = self.exports.get(negotiated.export.name)
-        session = Session(sock, export, negotiated)
+        export = self.exports.get(agreement.negotiated.export.name)
+        session = Session(agreement.stream, export, agreement.negotiated)
         logger.info("client %s uses export %s", peer, export.name)
         client = asyncio.current_task()
         assert client is not None
         self._sessions[client] = session
         try:
-            await session.run(leftover)
+            await session.run(agreement.leftover)
         finally:
             del self._sessions[client]
+            if isinstance(agreement.stream, TlsStream):
+                agreement.stream.close()
         logger.info("client %s left export %s", peer, export.name)
 
 

@@ -25,6 +25,7 @@ from nbdbackup.server.buffers import REPLY_FLUSH_BYTES, ReceiveBuffer, ReplyBuff
 from nbdbackup.server.exports import Export
 from nbdbackup.server.operations import explain, perform
 from nbdbackup.server.payload import WHOLE_BYTES_MAX, Payload
+from nbdbackup.tls.stream import TlsStream
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ _WRITE = int(Command.WRITE)
 
 
 class Session:
-    """Serves `export` on `sock` (connected, non-blocking) until the client leaves or must go."""
+    """Serves `export` on `sock` (non-blocking, or TLS on such) until the client leaves or must go."""
 
-    def __init__(self, sock: socket.socket, export: Export, negotiated: Negotiated) -> None:
+    def __init__(self, sock: socket.socket | TlsStream, export: Export, negotiated: Negotiated) -> None:
         # Set once.
         self._sock = sock
+        self._tls = sock if isinstance(sock, TlsStream) else None
         self._loop = asyncio.get_running_loop()
         self._export = export
         self._device = export.node
@@ -119,11 +121,17 @@ class Session:
             if not self._received.receive(self._sock):
                 self._stream_ended = True
         except BlockingIOError:
-            return
+            pass
         except OSError as error:
             self._end(error)
             return
         self._turn()
+
+    def _on_pending(self) -> None:
+        """The socket may have nothing more, but TLS has."""
+        self._turn_scheduled = False
+        if not self._over.done():
+            self._on_readable()
 
     def _on_writable(self) -> None:
         self._turn()
@@ -159,6 +167,10 @@ class Session:
             self._over.set_result(None)
             return
         may_read = not (self._no_more_requests or self._stream_ended or self._turn_scheduled or is_paused)
+        if may_read and self._tls is not None and self._tls.has_pending:
+            self._turn_scheduled = True
+            self._loop.call_soon(self._on_pending)
+            may_read = False
         self._watch(reading=may_read, writing=self._replies.is_blocked)
 
     def _watch(self, *, reading: bool, writing: bool) -> None:

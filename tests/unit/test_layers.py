@@ -17,17 +17,18 @@ import nbdbackup
 
 PACKAGE = Path(nbdbackup.__file__).parent
 OPEN_TO_ALL = {"errors", "extents"}
-BELOW_DAEMON = {"bitmap", "block", "fleece", "job", "monitor", "nbd", "server"}
+BELOW_DAEMON = {"bitmap", "block", "fleece", "job", "monitor", "nbd", "server", "tls"}
 
 ROOMS = {
     "errors": set[str](),
     "extents": set[str](),
     "nbd": set[str](),
+    "tls": set[str](),
     "bitmap": set[str](),
     "block": set[str](),
     "fleece": {"bitmap", "block"},
     "job": {"bitmap", "block", "fleece"},
-    "server": {"bitmap", "block", "nbd"},
+    "server": {"bitmap", "block", "nbd", "tls"},
     "monitor": {"bitmap", "block", "fleece", "job", "server"},
     "daemon": BELOW_DAEMON,
     "cli": {*BELOW_DAEMON, "daemon"},
@@ -35,7 +36,7 @@ ROOMS = {
 }
 """Which rooms a room may import; "" is the package's own `__init__` and `__main__`."""
 
-EXTRA_ROOMS = {"block.nbd": {"nbd"}}
+EXTRA_ROOMS = {"block.nbd": {"nbd", "tls"}}
 """Single modules that may import more than their room."""
 
 THIRD_PARTY = {
