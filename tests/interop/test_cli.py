@@ -346,6 +346,13 @@ def test_server_that_dies_during_a_backup_is_told_on_one_line(server: Server, tm
     assert "went away" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "t.img").exists()
+    # The server had no time to remove what is not a backup. The next one leaves it alone, and says so.
+    partial = tmp_path / "t.img.partial"
+    assert partial.exists()
+    with Server(server.sources, tcp=False) as successor:
+        assert str(partial) in refused(successor, "backup", "disk", str(tmp_path / "t.img"))
+        partial.unlink()
+        successor.cli("backup", "disk", str(tmp_path / "t.img"))
 
 
 # Jobs.

@@ -1,7 +1,12 @@
 """Commands that talk to a server: what they ask, what they print, how they fail."""
 
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -249,6 +254,23 @@ def test_post_hook_runs_when_the_snapshot_fails(socket_path: Path, tmp_path: Pat
     assert (tmp_path / "log").read_text().splitlines() == ["pre a ", "post a failed"]
 
 
+def test_post_hook_runs_when_the_command_is_interrupted(socket_path: Path, tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def create(connection: Connection, arguments: Arguments) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(30)
+        return [SNAPSHOT]
+
+    hooks = ["--pre-hook", hook(tmp_path, "pre"), "--post-hook", hook(tmp_path, "post")]
+    with fake_qmp(socket_path, x_nbdbackup_snapshot_create=create):
+        try:
+            assert main(["snapshot", "create", "a", *hooks]) == 130
+        finally:
+            release.set()
+    assert (tmp_path / "log").read_text().splitlines() == ["pre a ", "post a failed"]
+
+
 def test_failing_post_hook_is_a_failure_that_says_the_snapshot_exists(
     socket_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,3 +344,6 @@ def test_completion_knows_every_verb(capsys: pytest.CaptureFixture[str], shell: 
     script = capsys.readouterr().out
     assert "snapshot" in script
     assert "--on-cbw-error" in script
+    interpreter = shutil.which(shell)
+    if interpreter is not None:
+        subprocess.run([interpreter, "-n"], input=script, text=True, check=True, timeout=30)

@@ -118,6 +118,30 @@ def test_failed_job_exits_with_1_and_says_why(
     )
 
 
+def test_end_is_the_jobs_own_also_when_it_was_told_long_before_the_job_is_gone(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob(polls=1000)
+    data: dict[str, object] = {"type": "backup", "len": 100, "offset": 100, "speed": 0}
+    queried = 0
+
+    def query(connection: Connection, arguments: Arguments) -> object:
+        nonlocal queried
+        queried += 1
+        if queried == 1:
+            connection.event("BLOCK_JOB_COMPLETED", device="other", error="not ours", **data)
+            connection.event("BLOCK_JOB_COMPLETED", device="j", **data)
+            connection.event("BLOCK_JOB_COMPLETED", device="other", error="not ours", **data)
+            connection.status("other", "concluded")
+        if queried < 4:
+            return job.query(connection, arguments)
+        return []
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=query):
+        assert main(["backup", "disk", "/t"]) == 0
+    assert "complete" in capsys.readouterr().out
+
+
 def test_json_tells_the_end_on_standard_output_alone(
     socket_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
