@@ -328,6 +328,25 @@ async def test_offload_stays_inside_the_device_and_the_chunk(
     assert files.target_path.read_bytes() == files.content
 
 
+async def test_offload_goes_on_where_the_kernel_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 10 * 4096 + 77
+    files = Files(tmp_path / "source", tmp_path / "target", size, monkeypatch)
+    whole = os.copy_file_range
+    monkeypatch.setattr(
+        os, "copy_file_range", lambda s, t, count, *rest: whole(s, t, min(count, 5000), *rest)
+    )
+    copy = BlockCopy(files.source, files.target, 4096)
+    await copy.copy(Extent(4096, 4096))
+    await copy.copy(Extent(0, size))
+    assert len(files.calls) > size // 5000
+    assert max(offset + count for offset, count in files.calls) == size
+    await copy.close()
+    await files.close()
+    assert files.target_path.read_bytes() == files.content
+
+
 async def test_offload_between_file_systems_falls_back_and_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
