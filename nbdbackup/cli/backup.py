@@ -1,8 +1,8 @@
 """`nbdbackup backup`: start a backup job on the server, and stay with it until it ends.
 
-The job belongs to the server: if this process dies, the job goes on. Interrupting is
-another matter: Ctrl-C asks whether to leave the job alone or to cancel it; where nobody can
-be asked, it is cancelled, and so it is on SIGTERM.
+The job belongs to the server: if this process dies, or its terminal is closed, the job goes
+on. Interrupting is another matter: Ctrl-C asks whether to leave the job alone or to cancel
+it; where nobody can be asked, it is cancelled, and so it is on SIGTERM.
 """
 
 import argparse

@@ -24,6 +24,17 @@ SLOW = ("-r", "1M")
 """At this rate the backup of a 16 MiB disk outlives every test that wants it to be running."""
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGHUP have their usual effect, also where the tests run in the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def server(serve: ServeFunction, tmp_path: Path) -> Server:
     return serve(disk=make_disk(tmp_path / "disk.img", 16 * MIB), tcp=False)

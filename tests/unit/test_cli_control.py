@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ NODE = {
     "ro": False,
     "image": {"virtual-size": 1 << 30},
 }
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGHUP have their usual effect, also where the tests run in the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -254,11 +266,14 @@ def test_post_hook_runs_when_the_snapshot_fails(socket_path: Path, tmp_path: Pat
     assert (tmp_path / "log").read_text().splitlines() == ["pre a ", "post a failed"]
 
 
-def test_post_hook_runs_when_the_command_is_interrupted(socket_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_post_hook_runs_when_the_command_is_interrupted(
+    socket_path: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     release = threading.Event()
 
     def create(connection: Connection, arguments: Arguments) -> object:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         release.wait(30)
         return [SNAPSHOT]
 
