@@ -243,7 +243,10 @@ async def _attended(
             if choice == "cancel":
                 return await _cancelled(control, options, job_id, end)
             shown.resume()
-        return _told(options, await end)
+        job_end = await end
+        shown.finish(job_id, job_end.done, job_end.total)
+        shown.pause()
+        return _told(options, job_end)
     finally:
         end.cancel()
         await asyncio.wait([end])
