@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from nbdbackup.fleece import copy_before_write
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from tests.model.expected import CLUSTER, SIZE, Violation
 from tests.model.world import GATED_KINDS, JOBS_MAX, SNAPSHOTS_MAX, World
@@ -107,9 +108,9 @@ class FleeceMachine(RuleBasedStateMachine):
         self.world.read(index, offset, length, quick)
 
     @precondition(_points)
-    @rule(index=indexes, offset=offsets, length=lengths)
-    def collide(self, index: int, offset: int, length: int) -> None:
-        self.world.collide(index, offset, length)
+    @rule(index=indexes, offset=offsets, length=lengths, discarding=st.booleans())
+    def collide(self, index: int, offset: int, length: int, discarding: bool) -> None:
+        self.world.collide(index, offset, length, discarding)
 
     @precondition(_points)
     @rule(index=indexes, offset=offsets, length=lengths)
@@ -151,6 +152,7 @@ class FleeceMachine(RuleBasedStateMachine):
 def _machine_surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time is the machine's own; and breaking snapshots is logged as an error, thousands of times here."""
     monkeypatch.setattr(gated, "CANCELLED_WAIT_S", math.inf)
+    monkeypatch.setattr(copy_before_write, "ASK_ZEROES_BYTES_MIN", 5 * CLUSTER // 2)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

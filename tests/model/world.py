@@ -275,11 +275,14 @@ class World:
             return
         raise Violation(f"a read of {point.snapshot.filter.title} failed for no reason: {error}") from error
 
-    def collide(self, index: int, offset: int, length: int) -> None:
-        """Somebody reads a view, and a client writes to the same range."""
+    def collide(self, index: int, offset: int, length: int, discarding: bool) -> None:
+        """Somebody reads or discards a part of a view, and a client writes to it."""
         point = self.points[index % len(self.points)]
-        self.read(index, offset, length, quick=False)
+        if not discarding:
+            self.read(index, offset, length, quick=False)
         self.write(self.disks.index(point.disk), offset, length, "write", quick=False)
+        if discarding:
+            self.discard(index, offset // CLUSTER * CLUSTER, length + CLUSTER)
 
     def ask_status(self, index: int, offset: int, length: int) -> None:
         """Somebody asks a view what is zero."""

@@ -8,9 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
 from nbdbackup.errors import DeviceError, SnapshotError
-from nbdbackup.fleece.copy_before_write import OnCbwError
+from nbdbackup.extents import Extent
+from nbdbackup.fleece import copy_before_write
+from nbdbackup.fleece.block_copy import BlockCopy
+from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
+from tests.support.faults import FaultyDevice
 from tests.support.fleecing import CLUSTER, SIZE, Disk, end, open_all_gates, start
 from tests.support.gated import settle
 
@@ -291,3 +296,50 @@ async def test_a_write_cancelled_while_it_waits_for_a_frozen_read_lands_nowhere(
     assert writing.cancelled()
     assert disk.content == before
     taken.assert_nothing_in_flight()
+
+
+BLOCK = 4096
+"""The unit in which a MemoryDevice knows zeroes."""
+
+
+@pytest.mark.parametrize("timeout_s", [0, 3600])
+async def test_a_large_change_does_not_read_what_is_known_to_be_zero(
+    timeout_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_before_write, "ASK_ZEROES_BYTES_MIN", BLOCK)
+    disk = Disk(size=8 * BLOCK)
+    disk.memory.data[BLOCK : 3 * BLOCK] = bytes(2 * BLOCK)
+    disk.memory.data[4 * BLOCK : 6 * BLOCK] = bytes(2 * BLOCK)
+    before = disk.content
+    taken = await disk.take(cbw_timeout_s=timeout_s)
+    await disk.node.trim(100, 5 * BLOCK)
+    read = [operation.area for operation in disk.faults.operations if operation.kind == "read"]
+    assert read == [Extent(0, BLOCK), Extent(3 * BLOCK, BLOCK)]
+    assert await taken.read(0, 8 * BLOCK) == before
+
+
+async def test_asking_what_is_zero_may_fail_without_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_before_write, "ASK_ZEROES_BYTES_MIN", BLOCK)
+    disk = Disk(size=8 * BLOCK)
+    before = disk.content
+    taken = await disk.take()
+    disk.faults.inject("block_status", errno.EIO)
+    await disk.node.write_zeroes(0, 8 * BLOCK)
+    assert disk.content == bytes(8 * BLOCK)
+    assert await taken.read(0, 8 * BLOCK) == before
+
+
+async def test_known_zeroes_overwrite_what_an_old_target_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_before_write, "ASK_ZEROES_BYTES_MIN", BLOCK)
+    monkeypatch.setattr(copy_before_write, "ZEROES_BYTES_MAX", BLOCK)
+    source, memory = MemoryDevice(8 * BLOCK), MemoryDevice(8 * BLOCK)
+    source.data[:BLOCK] = b"x" * BLOCK
+    before = bytes(source.data)
+    memory.data[:] = b"\xee" * 8 * BLOCK
+    target = FaultyDevice(memory)
+    block_copy = BlockCopy(source, target, CLUSTER)
+    cbw_filter = CopyBeforeWrite(source, block_copy, title="backup")
+    await cbw_filter.write(0, b"y" * 8 * BLOCK)
+    assert memory.data == before
+    zeroed = [operation.area.length for operation in target.operations if operation.kind == "write_zeroes"]
+    assert zeroed == [BLOCK] * 7
