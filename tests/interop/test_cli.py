@@ -21,7 +21,7 @@ from tests.support.processes import attempt, run
 from tests.support.server import COMMAND, Server
 
 WAIT_S = 30.0
-SLOW = ("-r", "1M")
+SLOW = ("-r", "256K")
 """At this rate the backup of a 16 MiB disk outlives every test that wants it to be running."""
 
 
