@@ -218,15 +218,7 @@ class Demo:
             (f"the disk {written} writes later", live, "moved on" if live != moment else "NOT CHANGED"),
         ):
             self._console.print(f"  {name:<34}{digest}  {verdict}".rstrip(), markup=False)
-        wrong = [
-            name
-            for name, bad in (
-                ("pull.img is not the point in time", pulled != moment),
-                ("push.img is not the point in time", pushed != moment),
-                ("the live disk has not changed", live == moment),
-            )
-            if bad
-        ]
+        wrong = differences(moment, pulled, pushed, live)
         if wrong:
             raise NbdBackupError(f"the demo failed: {'; '.join(wrong)}")
         self._console.print(
@@ -313,6 +305,16 @@ class Demo:
     def _output(self, text: str) -> None:
         for line in text.splitlines():
             self._console.print(f"  {line}", style="dim", markup=False)
+
+
+def differences(moment: str, pulled: str, pushed: str, live: str) -> list[str]:
+    """What the hashes show that must not be: both copies are the point in time, and the disk is not."""
+    claims = (
+        ("pull.img is not the point in time", pulled != moment),
+        ("push.img is not the point in time", pushed != moment),
+        ("the live disk has not changed", live == moment),
+    )
+    return [claim for claim, holds in claims if holds]
 
 
 def _hash(path: Path) -> str:

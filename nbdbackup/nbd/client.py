@@ -3,6 +3,8 @@
     greeting --> STRUCTURED_REPLY --> SET_META_CONTEXT --> GO --> result
                  (if wanted)          (if that was granted) \\-- ERR_UNSUP --> EXPORT_NAME --> result
 
+With `tls`, STARTTLS comes before all of these, and there is no going on without it.
+
 A server may refuse the first two: the result says what it granted. One that is too old for GO,
 or for options at all, is asked with EXPORT_NAME.
 
@@ -65,6 +67,7 @@ class _State(Enum):
     OPTION_REPLY_HEAD = auto()
     OPTION_REPLY_PAYLOAD = auto()
     EXPORT_NAME_REPLY = auto()
+    TLS = auto()
     READY = auto()
     BROKEN = auto()
 
@@ -82,8 +85,9 @@ class ClientNegotiation:
         *,
         want_structured: bool = True,
         contexts: tuple[str, ...] = (BASE_ALLOCATION,),
+        tls: bool = False,
     ) -> None:
-        """`contexts` are asked for only where `want_structured`, which they need."""
+        """`contexts` are asked for only where `want_structured`, which they need. `tls`: or nothing."""
         self.result: RemoteExport | None = None
         self.leftover = b""
         """Bytes behind the handshake; they belong to the transmission phase."""
@@ -92,6 +96,7 @@ class ClientNegotiation:
         self._export_name = export_name
         self._want_structured = want_structured
         self._want_contexts = contexts
+        self._want_tls = tls
         self._no_zeroes = False
 
         # Changes with each message.
@@ -110,29 +115,43 @@ class ClientNegotiation:
         self._export: messages.InfoExport | None = None
         self._block_size = messages.InfoBlockSize(1, 4096, PAYLOAD_BYTES_ADVERTISED)
 
+    @property
+    def wants_tls(self) -> bool:
+        """Do the TLS handshake, then call `tls_started`."""
+        return self._state is _State.TLS
+
+    def tls_started(self) -> bytes:
+        """The bytes to send next; they, and all that is received from now on, go by way of TLS."""
+        assert self.wants_tls
+        self._send_first()
+        return self._take_requests()
+
     def receive(self, data: bytes | bytearray | memoryview) -> bytes:
         """Take any number of bytes from the server; the bytes to send to it.
 
-        Must not be called any more once there is a `result`, or after an error.
+        Must not be called while `wants_tls`, nor any more once there is a `result`, or after an error.
 
         Raises:
             NotFoundError: the server has no such export.
             ProtocolError: the server refuses the export, or breaks the protocol.
         """
-        assert self._state not in (_State.READY, _State.BROKEN)
+        assert self._state not in (_State.READY, _State.BROKEN, _State.TLS)
         self._pending += data
         try:
             while self._step():
                 pass
+            if self.wants_tls and self._pending:
+                raise ProtocolError(
+                    "bytes came in the clear behind the server's answer to STARTTLS; "
+                    "somebody may have put them there"
+                )
         except NbdBackupError:
             self._state = _State.BROKEN
             raise
         if self.result is not None:
             self.leftover = bytes(self._pending)
             self._pending.clear()
-        requests = bytes(self._requests)
-        self._requests.clear()
-        return requests
+        return self._take_requests()
 
     def closed(self) -> NbdBackupError:
         """What it means that the server closed the connection now."""
@@ -170,12 +189,14 @@ class ClientNegotiation:
         self._no_zeroes = bool(flags & HandshakeFlags.NO_ZEROES)
         answer = ClientFlags(flags & (HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES))
         self._requests += messages.CLIENT_HELLO.build(messages.ClientHello(answer))
-        if not flags & HandshakeFlags.FIXED_NEWSTYLE:
+        if self._want_tls:
+            if not flags & HandshakeFlags.FIXED_NEWSTYLE:
+                raise ProtocolError("the server is too old for TLS")
+            self._send(Option.STARTTLS)
+        elif not flags & HandshakeFlags.FIXED_NEWSTYLE:
             self._send_export_name()
-        elif self._want_structured:
-            self._send(Option.STRUCTURED_REPLY)
         else:
-            self._send_go()
+            self._send_first()
         return True
 
     def _step_reply_head(self) -> bool:
@@ -233,6 +254,17 @@ class ClientNegotiation:
 
     # What is sent.
 
+    def _take_requests(self) -> bytes:
+        requests = bytes(self._requests)
+        self._requests.clear()
+        return requests
+
+    def _send_first(self) -> None:
+        if self._want_structured:
+            self._send(Option.STRUCTURED_REPLY)
+        else:
+            self._send_go()
+
     def _send(self, option: Option, payload: bytes = b"") -> None:
         self._option = option
         self._replies = 0
@@ -256,7 +288,9 @@ class ClientNegotiation:
     # What is answered.
 
     def _on_ack(self) -> None:
-        if self._option is Option.STRUCTURED_REPLY:
+        if self._option is Option.STARTTLS:
+            self._state = _State.TLS
+        elif self._option is Option.STRUCTURED_REPLY:
             self._structured = True
             if self._want_contexts:
                 self._send_set_meta_context()
@@ -270,6 +304,10 @@ class ClientNegotiation:
     def _on_error(self, reply: int, payload: bytes) -> None:
         if reply == OptionReply.ERR_TLS_REQD:
             raise ProtocolError("the server wants TLS: use an nbds:// or nbds+unix:// URI")
+        if self._option is Option.STARTTLS:
+            raise ProtocolError(
+                f"the server does not offer TLS{_reason(payload)}; an nbd:// URI would do without it"
+            )
         if self._option is not Option.GO:
             self._contexts.clear()
             self._send_go()

@@ -15,26 +15,28 @@ BACKLOG = 128
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One bound, listening, non-blocking socket."""
+    """One bound, listening, non-blocking socket: TCP at (host, port), or Unix at `path`."""
 
     sock: socket.socket
+    address: tuple[str, int] = ("", 0)
     path: str | None = None
-    """Of a Unix socket: removed when the listener is closed."""
+    """Removed when the listener is closed."""
 
     def uri(self, export: str = "", *, tls: bool = False) -> str:
-        """The NBD URI of `export` here, `tls`: to be used with TLS."""
+        """The NBD URI of `export` here, for use with TLS or without; what it was, once closed."""
         if self.path is not None:
             return format_unix(self.path, export, tls=tls)
-        host, port = self.sock.getsockname()[:2]
-        return format_tcp(host, port, export, tls=tls)
+        return format_tcp(*self.address, export, tls=tls)
 
     @property
     def is_public(self) -> bool:
         """Whether other machines can connect."""
-        return self.path is None and not ipaddress.ip_address(self.sock.getsockname()[0]).is_loopback
+        return self.path is None and not ipaddress.ip_address(self.address[0]).is_loopback
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. Once closed, the path is not ours any more: another server may have it."""
+        if self.sock.fileno() < 0:
+            return
         self.sock.close()
         if self.path is not None:
             try:
@@ -64,7 +66,7 @@ def listen_tcp(host: str, port: int) -> Listener:
     except OSError as error:
         sock.close()
         raise _bind_error(where, error, "choose another with -p, or -p 0 for any free one") from error
-    return Listener(sock)
+    return Listener(sock, address=sock.getsockname()[:2])
 
 
 def listen_unix(path: str) -> Listener:
@@ -84,7 +86,7 @@ def listen_unix(path: str) -> Listener:
         if error.errno is None:
             raise UsageError(f"cannot listen on {path}: the path is too long for a socket") from None
         raise _bind_error(path, error, "choose another path") from error
-    return Listener(sock, path)
+    return Listener(sock, path=path)
 
 
 def _remove_stale(path: str) -> None:
