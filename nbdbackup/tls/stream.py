@@ -210,8 +210,10 @@ class TlsStream:
             self._failure = _broken(error)
         if self._outgoing.pending > OUTGOING_BYTES_MAX:
             self._failure = ConnectionAbortedError("TLS: the peer asks for more alerts than it reads")
-        if self._failure is not None and not filled:
-            raise self._failure
+        if self._failure is not None:
+            self.has_pending = True
+            if not filled:
+                raise self._failure
         return filled
 
 
