@@ -120,6 +120,13 @@ async def test_a_name_that_is_taken_is_refused_for_the_whole_set(daemon: Daemon)
     assert not list(daemon.graph.get("a").filters)
 
 
+async def test_a_name_that_no_client_could_ask_for_is_refused(daemon: Daemon) -> None:
+    daemon.add("c" * 4000, MemoryDevice(SIZE))
+    with pytest.raises(UsageError, match="too long"):
+        await daemon.snapshots.create(["a", "c" * 4000], SnapshotOptions(name="x" * 255))
+    assert daemon.is_quiet()
+
+
 async def test_scratch_that_fails_for_the_second_node_undoes_the_first(
     daemon: Daemon, tmp_path: Path
 ) -> None:
