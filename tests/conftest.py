@@ -12,6 +12,7 @@ from tests.support.server import Server
 ServeFunction = Callable[..., Server]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what loads the whole machine on one xdist worker, so that two such never meet."""
     for item in items:
