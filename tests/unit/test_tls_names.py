@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdbackup.errors import UsageError
@@ -69,6 +69,7 @@ PARTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(parts=PARTS)
 def test_what_is_shown_in_the_log_can_be_put_on_the_list(parts: list[frozenset[tuple[str, str]]]) -> None:
     name = DistinguishedName(tuple(parts))
@@ -76,6 +77,7 @@ def test_what_is_shown_in_the_log_can_be_put_on_the_list(parts: list[frozenset[t
     assert str(name).isprintable()
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_garbage_is_refused_and_never_crashes(text: str) -> None:
     try:
