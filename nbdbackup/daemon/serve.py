@@ -17,6 +17,7 @@ from nbdbackup.daemon.options import ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.errors import DeviceError
+from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import Services
@@ -26,6 +27,28 @@ from nbdbackup.server.listener import Listener, listen_tcp, listen_unix
 from nbdbackup.server.server import Server
 
 logger = logging.getLogger(__name__)
+
+
+class Stop:
+    """The request to end. It may come more than once; the first `reason` counts (QMP's ShutdownCause)."""
+
+    def __init__(self) -> None:
+        self._requested = asyncio.Event()
+        self.reason = "host-ui"
+
+    def request(self, reason: str) -> None:
+        """Ask the daemon to end, because of `reason`."""
+        if not self._requested.is_set():
+            self.reason = reason
+            self._requested.set()
+
+    def request_by_qmp(self) -> None:
+        """Ask the daemon to end, as a monitor's client does."""
+        self.request("host-qmp-quit")
+
+    async def wait(self) -> None:
+        """Return once the end was asked for."""
+        await self._requested.wait()
 
 
 async def serve(options: ServeOptions) -> int:
@@ -57,18 +80,19 @@ async def serve(options: ServeOptions) -> int:
 async def _run(
     options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
 ) -> int:
-    stop = asyncio.Event()
+    stop = Stop()
     snapshots = Snapshots(graph, server, state.scratch)
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.set)
-        async with monitor(options.control, services):
+        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.request_by_qmp)
+        async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 status = await _serve_until(options, server, stop)
                 notify("STOPPING=1")
+                control.publish(Event("SHUTDOWN", {"guest": False, "reason": stop.reason}))
                 logger.info("stopping: finishing what is in flight")
                 server.stop()
                 await jobs.cancel_all()
@@ -76,14 +100,14 @@ async def _run(
     return status
 
 
-async def _serve_until(options: ServeOptions, server: Server, stop: asyncio.Event) -> int:
+async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:
     """Announce readiness and wait for the end; the exit status."""
     for uri in server.uris():
         print(f"listening on {uri}", flush=True)
     notify("READY=1")
     if options.run_command is not None:
         return await _run_command(options.run_command, server.uris()[0], stop)
-    ends = [asyncio.ensure_future(stop.wait())]
+    ends: list[asyncio.Future[object]] = [asyncio.ensure_future(stop.wait())]
     if options.exit_on_last:
         ends.append(asyncio.ensure_future(server.last_client_left.wait()))
     try:
@@ -94,7 +118,7 @@ async def _serve_until(options: ServeOptions, server: Server, stop: asyncio.Even
     return 0
 
 
-async def _run_command(command: str, uri: str, stop: asyncio.Event) -> int:
+async def _run_command(command: str, uri: str, stop: Stop) -> int:
     """Run `command` in a shell with $uri set; its exit status, as a shell would give it."""
     process = await asyncio.create_subprocess_shell(command, env={**os.environ, "uri": uri})
     stopped = asyncio.ensure_future(stop.wait())
@@ -138,10 +162,10 @@ def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:
 
 
 @contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
+def _signals(stop: Stop) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.request, "host-signal")
     try:
         yield
     finally:

@@ -28,7 +28,9 @@ class Listener:
         return format_tcp(host, port, export)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. Once closed, the path is not ours any more: another server may have it."""
+        if self.sock.fileno() < 0:
+            return
         self.sock.close()
         if self.path is not None:
             try:

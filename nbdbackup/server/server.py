@@ -54,14 +54,19 @@ class Server:
         """Stop accepting; sessions finish what is in flight and end, negotiating clients are dropped."""
         for accepting in self._accepting:
             accepting.cancel()
-        for listener in self.listeners:
-            listener.close()
         for session in self._sessions.values():
             session.shut_down()
         for client in self._clients - self._sessions.keys():
             client.cancel()
 
     async def _accept(self, group: asyncio.TaskGroup, listener: Listener) -> None:
+        try:
+            await self._accept_for_ever(group, listener)
+        finally:
+            # Here, and not in `stop`: the event loop must have let go of the socket first.
+            listener.close()
+
+    async def _accept_for_ever(self, group: asyncio.TaskGroup, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
         while True:
             if self._slots is not None:
@@ -105,7 +110,10 @@ class Server:
             logger.exception("client %s disconnected by an internal error", peer)
 
     async def _negotiate_and_serve(self, sock: socket.socket, peer: str) -> None:
-        agreed = await negotiate(sock, self.exports)
+        try:
+            agreed = await negotiate(sock, self.exports)
+        except ConnectionError:
+            agreed = None  # a probe, most likely: it did not wait for our greeting
         if agreed is None:
             logger.debug("client %s left without choosing an export", peer)
             return
@@ -130,6 +138,8 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A client whose machine has died says nothing; without this its session would stay for ever.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def _describe_peer(sock: socket.socket, listener: Listener) -> str:

@@ -33,6 +33,8 @@ BYTES_MAX = 16 << 20
 INLINE_READ_BYTES_MAX = 1 << 20
 TURN_BYTES_MAX = 4 << 20
 TURN_REQUESTS_MAX = 512
+SHUTDOWN_TIMEOUT_S = 10.0
+"""How long a client may leave replies unread once the server wants to end."""
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -62,6 +64,7 @@ class Session:
         self._is_reading = False
         self._is_writing = False
         self._turn_scheduled = False
+        self._patience: asyncio.TimerHandle | None = None
 
     async def run(self, leftover: bytes) -> None:
         """Serve; `leftover` was received behind the negotiation.
@@ -84,6 +87,8 @@ class Session:
                         task.cancel()
         finally:
             self._watch(reading=False, writing=False)
+            if self._patience is not None:
+                self._patience.cancel()
             self._export.clients.discard(self)
             if not self._over.done():
                 self._over.set_result(None)
@@ -93,11 +98,19 @@ class Session:
     def shut_down(self) -> None:
         """Finish what is in flight, answer what else has been received with ESHUTDOWN, and end."""
         self._shutting_down = True
+        self._patience = self._loop.call_later(SHUTDOWN_TIMEOUT_S, self._lose_patience)
         self._schedule_turn()
 
     def disconnect(self, reason: str) -> None:
-        """End now: requests in flight are finished but not answered."""
+        """End now: what the device is doing is finished, but nothing more is answered."""
         self._end(ConnectionAbortedError(reason))
+
+    def _lose_patience(self) -> None:
+        """Whoever does not read its replies must not keep the server from ending; a slow device may."""
+        if self._replies.is_blocked:
+            self.disconnect("it does not read its replies, and the server is shutting down")
+        else:
+            self._patience = self._loop.call_later(SHUTDOWN_TIMEOUT_S, self._lose_patience)
 
     # Turns: whatever happens (bytes arrive, the socket takes more, a task ends) leads to one.
 
@@ -165,6 +178,7 @@ class Session:
     def _end(self, failure: BaseException) -> None:
         if not self._over.done():
             self._over.set_result(failure)
+            self._watch(reading=False, writing=False)
 
     # Serving.
 
