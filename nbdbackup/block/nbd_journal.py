@@ -56,6 +56,7 @@ class Journal:
         self._entries: deque[Entry] = deque()
         self._number = 0
         self._unsafe_number = 0
+        self._hint_number = 0
         self._safe_number = 0
         self._bytes_kept = 0
         self._bytes_reserved = 0
@@ -69,6 +70,11 @@ class Journal:
     def unsafe(self) -> bool:
         """Whether anything was acknowledged that no flush has covered."""
         return self._unsafe_number > self._safe_number
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether a flush would have nothing to do."""
+        return max(self._unsafe_number, self._hint_number) <= self._safe_number
 
     @property
     def bytes_kept(self) -> int:
@@ -105,6 +111,11 @@ class Journal:
         flags = operation.flags & int(_FLAGS_KEPT)
         self._entries.append(Entry(self._number, operation.command, area, flags, bytes(operation.payload)))
         self._bytes_kept += cost(operation)
+
+    def note_hint(self) -> None:
+        """A TRIM has been acknowledged: no loss, if it is undone, but a flush covers it."""
+        self._number += 1
+        self._hint_number = self._number
 
     def forget(self, mark: int) -> None:
         """A flush that was sent at `mark` has succeeded."""

@@ -161,7 +161,8 @@ class RemoteSession:
         Raises:
             DeviceError: that can't be done, or something acknowledged is known to be lost.
         """
-        if self._unsafe is None and self.export.flags & TransmissionFlags.SEND_FLUSH:
+        offered = bool(self.export.flags & TransmissionFlags.SEND_FLUSH)
+        if self._unsafe is None and offered and not self._journal.is_clean:
             await self.perform(Operation(Command.FLUSH))
         if self._unsafe is not None:
             raise DeviceError(errno.EIO, str(self._unsafe))
@@ -222,6 +223,8 @@ class RemoteSession:
             self._take_flush_reply(operation, reply)
         elif operation.command in _JOURNALED and not reply.error and self._replaying is None:
             self._journal.add(operation)
+        elif operation.command == Command.TRIM and not reply.error:
+            self._journal.note_hint()
         operation.end(reply)
         self._flush_in_time()
         self._dispatch()
