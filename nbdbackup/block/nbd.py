@@ -21,14 +21,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 
 from nbdbackup.block.device import BlockDevice, Features, ReadableBuffer, WritableBuffer
-from nbdbackup.block.nbd_connection import Operation
+from nbdbackup.block.nbd_connection import Operation, plain_uri
 from nbdbackup.block.nbd_session import RemoteOptions, RemoteSession, reason
-from nbdbackup.errors import DeviceError, UsageError
+from nbdbackup.errors import DeviceError
 from nbdbackup.extents import Allocation, Extent, StatusExtent, merge_status
-from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.nbd.client import RemoteExport
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, CommandFlags, Errno, TransmissionFlags
 from nbdbackup.nbd.reply_parser import Reply
+from nbdbackup.nbd.uri import NbdUri
 
 PIECE_BYTES_MAX = 4 << 20
 """Of a READ or WRITE."""
@@ -84,11 +84,7 @@ class NbdDevice(BlockDevice):
             ProtocolError: the server refuses the export, or breaks the protocol.
             DeviceError: it cannot be reached, is empty, cannot be written to, or is of odd length.
         """
-        parsed = nbd_uri.parse(uri)
-        if parsed.tls:
-            raise UsageError(
-                f"{parsed} asks for TLS, which this version does not speak: use a plain nbd:// URI"
-            )
+        parsed = plain_uri(uri)
         session = RemoteSession(parsed, options or RemoteOptions())
         await session.open()
         try:
@@ -351,7 +347,7 @@ class _EdgeLock:
                 self._nobody.set()
 
 
-def _check_usable(uri: nbd_uri.NbdUri, export: RemoteExport, read_only: bool) -> None:
+def _check_usable(uri: NbdUri, export: RemoteExport, read_only: bool) -> None:
     if not export.size:
         raise DeviceError(errno.EINVAL, f"{uri} is empty: a disk needs at least one byte")
     if export.size % export.block_size_min:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 from nbdbackup.block.device import ReadableBuffer
-from nbdbackup.errors import NbdBackupError
+from nbdbackup.errors import NbdBackupError, UsageError
+from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.nbd.client import ClientNegotiation, RemoteExport, encode_request
 from nbdbackup.nbd.constants import Command
 from nbdbackup.nbd.reply_parser import Reply, ReplyParser
@@ -264,6 +265,14 @@ class Connection(asyncio.BufferedProtocol):
             self._watchdog = self._loop.call_later(limit - silent_s, self._look_for_stall)
 
 
+def plain_uri(text: str) -> NbdUri:
+    """The NBD URI `text`; raises UsageError if it is none, or asks for TLS."""
+    uri = nbd_uri.parse(text)
+    if uri.tls:
+        raise UsageError(f"{uri} asks for TLS, which this version does not speak: use a plain nbd:// URI")
+    return uri
+
+
 async def connect(uri: NbdUri, contexts: tuple[str, ...], limits: Limits, owner: Owner) -> Connection:
     """Connect to `uri` and negotiate its export; see `Connection` for the rest.
 
@@ -275,7 +284,7 @@ async def connect(uri: NbdUri, contexts: tuple[str, ...], limits: Limits, owner:
     connection = Connection(uri, contexts, limits, owner)
     try:
         async with asyncio.timeout(limits.connect_timeout_s):
-            sock = await _connected_socket(uri)
+            sock = await connected_socket(uri)
             try:
                 await loop.create_connection(lambda: connection, sock=sock)
             except BaseException:
@@ -293,7 +302,8 @@ async def connect(uri: NbdUri, contexts: tuple[str, ...], limits: Limits, owner:
     return connection
 
 
-async def _connected_socket(uri: NbdUri) -> socket.socket:
+async def connected_socket(uri: NbdUri) -> socket.socket:
+    """A non-blocking socket that is connected to the server of `uri`; raises OSError."""
     loop = asyncio.get_running_loop()
     if uri.socket_path is not None:
         return await _try_address(socket.AF_UNIX, uri.socket_path)

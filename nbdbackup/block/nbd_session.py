@@ -110,7 +110,7 @@ class RemoteSession:
         try:
             connection = await self._connect()
         except (OSError, NbdBackupError) as error:
-            raise self._cannot_connect(error) from error
+            raise cannot_connect(self.uri, error) from error
         self.export = connection.export
         flags = self.export.flags
         keeps = self.options.reconnect_delay_s > 0 and flags & TransmissionFlags.SEND_FLUSH
@@ -399,13 +399,15 @@ class RemoteSession:
     async def _connect(self) -> Connection:
         return await connect(self.uri, self.options.contexts, self.options.limits, self)
 
-    def _cannot_connect(self, error: Exception) -> NbdBackupError:
-        if isinstance(error, NotFoundError | ProtocolError):
-            return type(error)(f"{self.uri}: {error}")
-        line = f"cannot connect to {self.uri}: {_text(error)}"
-        if isinstance(error, OSError) and error.errno in _NOBODY:
-            return NotFoundError(f"{line}: is the server running, and is this its address?")
-        return DeviceError(errno.EIO, line)
+
+def cannot_connect(uri: NbdUri, error: Exception) -> NbdBackupError:
+    """Why there is no connection to `uri`, for a person."""
+    if isinstance(error, NotFoundError | ProtocolError):
+        return type(error)(f"{uri}: {error}")
+    line = f"cannot connect to {uri}: {_text(error)}"
+    if isinstance(error, OSError) and error.errno in _NOBODY:
+        return NotFoundError(f"{line}: is the server running, and is this its address?")
+    return DeviceError(errno.EIO, line)
 
 
 def reason(reply: Reply) -> str:

@@ -38,6 +38,7 @@ ROOMS = {
 EXTRA_ROOMS = {
     "block.nbd": {"nbd"},
     "block.nbd_connection": {"nbd"},
+    "block.nbd_inquiry": {"nbd"},
     "block.nbd_journal": {"nbd"},
     "block.nbd_session": {"nbd"},
     "block.open": {"nbd"},
