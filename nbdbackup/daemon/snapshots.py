@@ -12,6 +12,7 @@ from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import open_scratch
 from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, take_snapshots
 from nbdbackup.monitor.context import SnapshotInfo, SnapshotOptions
+from nbdbackup.nbd.constants import STRING_BYTES_MAX
 from nbdbackup.server.exports import Export
 from nbdbackup.server.server import Server
 
@@ -105,6 +106,8 @@ class Snapshots:
         self._server.exports.add(Export(snapshot.export_name, snapshot.view, description, read_only=True))
 
     def _check_free(self, export_name: str) -> None:
+        if len(export_name.encode()) > STRING_BYTES_MAX:
+            raise UsageError(f"{export_name[:40]}... is too long for an export: choose a shorter --name")
         if export_name in self._snapshots or export_name in self._names_being_made:
             raise ConflictError(f"snapshot {export_name} exists already: drop it, or choose another --name")
         if self._server.exports.find(export_name) is not None:

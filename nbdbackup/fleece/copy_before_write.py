@@ -31,6 +31,8 @@ from nbdbackup.fleece.request_list import RequestList
 
 ASK_ZEROES_BYTES_MIN = 1 << 20
 """A change of so many bytes first asks what is zero: discarding an empty disk must not read all of it."""
+LATE_COPIES_MAX = 64
+"""Copies that go on after their writes gave up; a client that repeats its write adds no more than these."""
 ZEROES_BYTES_MAX = 32 << 20
 """Zeroes written to the copy's target at once."""
 
@@ -136,16 +138,24 @@ class CopyBeforeWrite(FilterDevice):
         if not self.cbw_timeout_s:
             await self._copy(area)
             return
-        # The copy outlives the write's patience: its I/O cannot be taken back, and its
-        # clusters must stay in flight until it has ended.
         copying = asyncio.get_running_loop().create_task(self._copy(area))
-        self._late_copies.add(copying)
-        copying.add_done_callback(self._late_copies.discard)
         copying.add_done_callback(_look_at_result)
-        done, _ = await asyncio.wait({copying}, timeout=self.cbw_timeout_s)
-        if not done:
+        try:
+            await asyncio.wait({copying}, timeout=self.cbw_timeout_s)
+        finally:
+            if not copying.done():
+                self._let_outlive(copying)
+        if not copying.done():
             raise TimeoutError(f"no copy within {self.cbw_timeout_s:g} s (cbw-timeout)")
         copying.result()
+
+    def _let_outlive(self, copying: "asyncio.Task[None]") -> None:
+        """The write waits no longer, but the copy's I/O cannot be taken back: it goes on in flight."""
+        if len(self._late_copies) >= LATE_COPIES_MAX:
+            # One that only waits for the others ends at once. I/O of its own ends first, for nothing.
+            copying.cancel()
+        self._late_copies.add(copying)
+        copying.add_done_callback(self._late_copies.discard)
 
     async def _copy(self, area: Extent) -> None:
         if area.length >= ASK_ZEROES_BYTES_MIN:

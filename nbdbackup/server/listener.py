@@ -14,18 +14,18 @@ BACKLOG = 128
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One bound, listening, non-blocking socket."""
+    """One bound, listening, non-blocking socket: TCP at (host, port), or Unix at `path`."""
 
     sock: socket.socket
+    address: tuple[str, int] = ("", 0)
     path: str | None = None
-    """Of a Unix socket: removed when the listener is closed."""
+    """Removed when the listener is closed."""
 
     def uri(self, export: str = "") -> str:
-        """The NBD URI of `export` here."""
+        """The NBD URI of `export` here; also what it was, once the listener is closed."""
         if self.path is not None:
             return format_unix(self.path, export)
-        host, port = self.sock.getsockname()[:2]
-        return format_tcp(host, port, export)
+        return format_tcp(*self.address, export)
 
     def close(self) -> None:
         """Stop listening. Once closed, the path is not ours any more: another server may have it."""
@@ -60,7 +60,7 @@ def listen_tcp(host: str, port: int) -> Listener:
     except OSError as error:
         sock.close()
         raise _bind_error(where, error, "choose another with -p, or -p 0 for any free one") from error
-    return Listener(sock)
+    return Listener(sock, address=sock.getsockname()[:2])
 
 
 def listen_unix(path: str) -> Listener:
@@ -80,7 +80,7 @@ def listen_unix(path: str) -> Listener:
         if error.errno is None:
             raise UsageError(f"cannot listen on {path}: the path is too long for a socket") from None
         raise _bind_error(path, error, "choose another path") from error
-    return Listener(sock, path)
+    return Listener(sock, path=path)
 
 
 def _remove_stale(path: str) -> None:

@@ -58,6 +58,7 @@ class Session:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._bytes_in_flight = 0
         self._no_more_requests = False
+        self._was_told_goodbye = False
         self._stream_ended = False
         self._shutting_down = False
         self._over: asyncio.Future[BaseException | None] = self._loop.create_future()
@@ -82,7 +83,8 @@ class Session:
                 self._schedule_turn()
                 failure = await self._over
                 self._watch(reading=False, writing=False)
-                if failure is not None:
+                # Who said DISC was promised that everything is finished, answered or not.
+                if failure is not None and not self._was_told_goodbye:
                     for task in self._in_flight:
                         task.cancel()
         finally:
@@ -222,7 +224,7 @@ class Session:
         """Answer a request without payload at once, or start its task."""
         refusal = self._check(request)
         if request.command == Command.DISC:
-            self._no_more_requests = True
+            self._no_more_requests = self._was_told_goodbye = True
         elif refusal is not None:
             self._replies.put(self._protocol.reply_error(request, *refusal))
         elif request.command != _READ or not self._read_in_place(request):

@@ -102,7 +102,7 @@ def test_backups_of_a_live_file_system_are_its_frozen_state(
         vm.wait_for("frozen", GUEST_TIMEOUT_S)
         server.cli("snapshot", "create", "disk", "--name", "frozen")
         # Slow enough that most of it is copied while the guest writes again.
-        server.cli("backup", "disk", str(push), "--job-id", "push", "--no-wait", "-r", "8M")
+        server.cli("backup", "disk", str(push), "--job-id", "push", "--no-wait", "-r", "1M")
         run("cp", "--sparse=always", disk, tmp_path / "reference.img")
         vm.go_on()
         vm.wait_for("moved-on", GUEST_TIMEOUT_S)

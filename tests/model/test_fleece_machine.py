@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from nbdbackup.fleece import copy_before_write
 from nbdbackup.fleece.copy_before_write import OnCbwError
+from tests.model.backups import BackupChoice, BackupWorld
 from tests.model.expected import CLUSTER, SIZE, Violation
-from tests.model.world import GATED_KINDS, JOBS_MAX, SNAPSHOTS_MAX, World
+from tests.model.world import GATED_KINDS, JOBS_MAX, SNAPSHOTS_MAX
 from tests.support import gated
 from tests.support.mutations import MUTATIONS, Mutation
 
@@ -33,7 +34,7 @@ class FleeceMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = BackupWorld()
 
     def teardown(self) -> None:
         self.world.finish()
@@ -123,14 +124,12 @@ class FleeceMachine(RuleBasedStateMachine):
         self.world.discard(index, offset, length)
 
     @precondition(_live_points)
-    @rule(index=indexes)
-    def break_point(self, index: int) -> None:
-        self.world.break_point(index)
-
-    @precondition(_live_points)
-    @rule(index=indexes)
-    def drop(self, index: int) -> None:
-        self.world.drop(index)
+    @rule(index=indexes, breaking=st.sampled_from([False, False, True]))
+    def end_point(self, index: int, breaking: bool) -> None:
+        if breaking:
+            self.world.break_point(index)
+        else:
+            self.world.drop(index)
 
     @precondition(lambda self: len(self.world.jobs) < JOBS_MAX)
     @rule(disk=disks, policy=policies, timeout=timeouts, zeroed=st.booleans())
@@ -141,6 +140,25 @@ class FleeceMachine(RuleBasedStateMachine):
     @rule(index=indexes, discarding=st.booleans(), zeroed=st.booleans())
     def start_view_job(self, index: int, discarding: bool, zeroed: bool) -> None:
         self.world.start_view_job(index, discarding, zeroed)
+
+    @precondition(lambda self: len(self.world.backups) < JOBS_MAX)
+    @rule(
+        disk=disks,
+        fleecing=st.booleans(),
+        policy=policies,
+        timeout=timeouts,
+        zeroed=st.booleans(),
+        speed=st.sampled_from([0, 0, 4 * CLUSTER]),
+    )
+    def start_backup(
+        self, disk: int, fleecing: bool, policy: OnCbwError, timeout: float, zeroed: bool, speed: int
+    ) -> None:
+        self.world.start_backup(disk, BackupChoice(fleecing, policy, timeout, zeroed, speed))
+
+    @precondition(lambda self: bool(self.world.backups))
+    @rule(index=indexes, verb=st.sampled_from(["cancel", "pause", "resume", "resume", "speed up"]))
+    def command_backup(self, index: int, verb: str) -> None:
+        self.world.command_backup(index, verb)
 
     @precondition(lambda self: bool(self.world.jobs))
     @rule(index=indexes)

@@ -240,9 +240,15 @@ class World:
             self.filters.append(snapshot.filter)
             self.points.append(Point(disk, snapshot, plan.scratch, memory, bytes(disk.memory.data)))
 
+    def _pick_point(self, index: int) -> Point:
+        # Mostly one that can still answer.
+        whole = [point for point in self.live_points() if point.snapshot.broken is None]
+        points = whole if whole and index % 5 else self.points
+        return points[index % len(points)]
+
     def read(self, index: int, offset: int, length: int, quick: bool) -> None:
         """Somebody reads a view, dropped ones too."""
-        point = self.points[index % len(self.points)]
+        point = self._pick_point(index)
         area = Extent(offset, min(length, SIZE - offset))
         buffer = bytearray(area.length)
         if quick:
@@ -277,7 +283,7 @@ class World:
 
     def collide(self, index: int, offset: int, length: int, discarding: bool) -> None:
         """Somebody reads or discards a part of a view, and a client writes to it."""
-        point = self.points[index % len(self.points)]
+        point = self._pick_point(index)
         if not discarding:
             self.read(index, offset, length, quick=False)
         self.write(self.disks.index(point.disk), offset, length, "write", quick=False)
@@ -286,7 +292,7 @@ class World:
 
     def ask_status(self, index: int, offset: int, length: int) -> None:
         """Somebody asks a view what is zero."""
-        point = self.points[index % len(self.points)]
+        point = self._pick_point(index)
         self._start(self._run_status(point, Extent(offset, min(length, SIZE - offset))))
 
     async def _run_status(self, point: Point, area: Extent) -> None:
@@ -306,7 +312,7 @@ class World:
 
     def discard(self, index: int, offset: int, length: int) -> None:
         """Somebody gives up a part of a view."""
-        point = self.points[index % len(self.points)]
+        point = self._pick_point(index)
         self._start(self._run_discard(point, Extent(offset, min(length, SIZE - offset))))
 
     async def _run_discard(self, point: Point, area: Extent) -> None:
@@ -324,7 +330,7 @@ class World:
 
     def break_point(self, index: int) -> None:
         """A snapshot breaks for a reason from outside."""
-        point = self.points[index % len(self.points)]
+        point = self._pick_point(index)
         point.broken_by_hand = True
         point.snapshot.filter.break_snapshot(OSError(errno.EIO, "broken by hand"))
         self.step()
@@ -467,9 +473,8 @@ class World:
 
     def _finish(self) -> None:
         self._end_everything()
-        for index, point in enumerate(self.points):
-            if not point.gone:
-                self.read(index, 0, SIZE, quick=False)
+        for point in self.live_points():
+            self._start(self._run_read(point, Extent(0, SIZE), bytearray(SIZE)))
         for point in self.points:
             if not point.gone:
                 self._start(self._run_drop(point))

@@ -298,6 +298,27 @@ async def test_a_write_cancelled_while_it_waits_for_a_frozen_read_lands_nowhere(
     taken.assert_nothing_in_flight()
 
 
+async def test_a_client_that_repeats_its_write_does_not_pile_up_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copy_before_write, "LATE_COPIES_MAX", 3)
+    disk = Disk()
+    before = disk.content
+    taken = await disk.take(on_cbw_error=OnCbwError.BREAK_GUEST_WRITE, cbw_timeout_s=0.001)
+    taken.parts.gate.kinds.add("write")
+    for _ in range(8):
+        with pytest.raises(DeviceError, match="cbw-timeout"):
+            await end(start(disk.node.write(0, b"x")))
+    await settle()
+    assert len(taken.snapshot.filter._late_copies) == 3
+    taken.parts.gate.open_gate()
+    await taken.snapshot.filter.wait_copies_ended()
+    assert not taken.snapshot.block_copy.dirty.any(0, 1)
+    await disk.node.write(0, b"x")
+    assert await taken.read() == before
+    taken.assert_nothing_in_flight()
+
+
 BLOCK = 4096
 """The unit in which a MemoryDevice knows zeroes."""
 

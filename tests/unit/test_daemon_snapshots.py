@@ -12,9 +12,11 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, SnapshotError, UsageError
 from nbdbackup.monitor.context import SnapshotOptions
+from nbdbackup.nbd.constants import Command
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.fleecing import make_gate, open_all_gates
 from tests.support.gated import settle
+from tests.support.sessions import serving
 
 SIZE = 3 * 65536 + 513
 S1 = SnapshotOptions(name="s1")
@@ -118,6 +120,13 @@ async def test_a_name_that_is_taken_is_refused_for_the_whole_set(daemon: Daemon)
         await daemon.snapshots.create(["a", "b"], S1)
     assert export_names(daemon) == ["a", "b", "b@s1"]
     assert not list(daemon.graph.get("a").filters)
+
+
+async def test_a_name_that_no_client_could_ask_for_is_refused(daemon: Daemon) -> None:
+    daemon.add("c" * 4000, MemoryDevice(SIZE))
+    with pytest.raises(UsageError, match="too long"):
+        await daemon.snapshots.create(["a", "c" * 4000], SnapshotOptions(name="x" * 255))
+    assert daemon.is_quiet()
 
 
 async def test_scratch_that_fails_for_the_second_node_undoes_the_first(
@@ -241,6 +250,37 @@ async def test_a_drop_disconnects_the_views_readers(daemon: Daemon) -> None:
     daemon.exports.get("a@s1").clients.add(client)
     await daemon.snapshots.drop(["a@s1"])
     assert client.reasons == ["snapshot a@s1 was dropped"]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+async def test_a_drop_ends_the_connection_of_a_reader_in_the_middle_of_a_read(
+    saved: bool, daemon: Daemon, tmp_path: Path
+) -> None:
+    gate = make_gate(MemoryDevice(SIZE))
+    node = daemon.add("c", gate)
+    before = Leftovers(tmp_path, daemon.scratch)
+    await daemon.snapshots.create(["c"], S1)
+    if saved:
+        await node.write(0, b"new" * 100)
+    async with serving(daemon.exports.get("c@s1")) as reader:
+        gate.kinds.add("read")
+        await reader.client.ask(Command.READ, 0, SIZE)
+        frozen = await gate.wait_pending("read")
+        # The client's write waits for the frozen read, and the drop for both.
+        writing = asyncio.ensure_future(node.write(SIZE - 512, b"x" * 512))
+        dropping = asyncio.ensure_future(daemon.snapshots.drop(["c@s1"]))
+        await settle()
+        assert not dropping.done()
+        gate.release(frozen)
+        gate.open_gate()
+        async with asyncio.timeout(10):
+            await dropping
+            await writing
+        with pytest.raises(ConnectionAbortedError, match="was dropped"):
+            await reader.wait_ended()
+    assert daemon.is_quiet()
+    assert await read(node, 3) == (b"new" if saved else bytes(3))
+    await before.assert_none()
 
 
 async def test_fifty_rounds_leave_no_descriptor_thread_or_file(daemon: Daemon, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_free_port_is_picked_and_told_in_the_uri() -> None:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     finally:
         listener.close()
+    assert listener.uri() == f"nbd://127.0.0.1:{port}", "a snapshot can be listed while the server leaves"
 
 
 def test_a_port_in_use_is_a_conflict_that_says_what_to_do() -> None:

@@ -433,3 +433,16 @@ async def test_a_write_that_fails_in_the_middle_is_consumed_and_answered_once() 
         reply = await served.client.call(Command.WRITE, 512 * KIB, data=noise(MIB))
         assert reply.error == Errno.ENOSPC
         assert (await served.client.call(Command.READ, 0, 512)).error == 0
+
+
+async def test_a_write_that_waits_keeps_its_data_while_others_arrive() -> None:
+    memory = MemoryDevice(SIZE)
+    gate = make_gate(memory)
+    gate.kinds.add("write")
+    async with serving(export_of(gate)) as served:
+        for index in range(5):
+            await served.client.ask(Command.WRITE, 4096 * index, data=bytes([index + 1]) * 4096)
+            await gate.wait_pending("write", 4096 * index)
+        gate.open_gate()
+        assert not any(reply.error for reply in (await served.client.replies(5)).values())
+    assert bytes(memory.data[: 5 * 4096]) == b"".join(bytes([index + 1]) * 4096 for index in range(5))

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from nbdbackup.block.device import WritableBuffer
+from nbdbackup.block.device import ReadableBuffer, WritableBuffer
 from nbdbackup.block.filter import FilterDevice
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ProtocolError
@@ -46,6 +46,47 @@ async def test_86_disc_answers_everything_in_flight_before_the_end() -> None:
         replies = await client.read_to_end()
     assert set(replies) == set(range(1, 22))
     assert not any(reply.error for reply in replies.values())
+
+
+class Patient(FilterDevice):
+    """Its writes wait for `go`, and can be cancelled until then."""
+
+    def __init__(self, memory: MemoryDevice) -> None:
+        super().__init__(memory)
+        self.go = asyncio.Event()
+
+    def write_nowait(self, offset: int, data: ReadableBuffer) -> bool:
+        return False
+
+    async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
+        await self.go.wait()
+        await super().write(offset, data, fua)
+
+
+async def test_86_disc_finishes_what_is_in_flight_even_if_nobody_waits_for_the_answers() -> None:
+    memory = MemoryDevice(SIZE)
+    device = Patient(memory)
+    async with serving(export_of(device)) as served:
+        client = served.client
+        requests = [client.compose(Command.WRITE, 0, data=b"x" * 512), client.compose(Command.READ, 0, 512)]
+        await client.send(b"".join(requests) + client.compose(Command.DISC))
+        client.sock.close()
+        await settle()
+        device.go.set()
+        with suppress(BrokenPipeError):
+            await served.wait_ended()
+    assert memory.data[0] == ord("x")
+
+
+async def test_a_client_that_vanishes_without_disc_is_not_waited_for() -> None:
+    memory = MemoryDevice(SIZE)
+    async with serving(export_of(Patient(memory))) as served:
+        client = served.client
+        requests = [client.compose(Command.WRITE, 0, data=b"x" * 512), client.compose(Command.READ, 0, 512)]
+        await client.send(b"".join(requests))
+        client.sock.close()
+        with pytest.raises(BrokenPipeError):
+            await served.wait_ended()
 
 
 async def test_nothing_behind_disc_is_served() -> None:
