@@ -21,10 +21,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 
 from nbdbackup.block.device import BlockDevice, Features, ReadableBuffer, WritableBuffer
-from nbdbackup.block.nbd_connection import Operation, plain_uri
+from nbdbackup.block.nbd_connection import Operation
 from nbdbackup.block.nbd_session import RemoteOptions, RemoteSession, reason
 from nbdbackup.errors import DeviceError
 from nbdbackup.extents import Allocation, Extent, StatusExtent, merge_status
+from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.nbd.client import RemoteExport
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, CommandFlags, Errno, TransmissionFlags
 from nbdbackup.nbd.reply_parser import Reply
@@ -79,12 +80,12 @@ class NbdDevice(BlockDevice):
         Without `discard`, `trim` does nothing and zeroed ranges stay allocated.
 
         Raises:
-            UsageError: `uri` is no NBD URI, or asks for TLS.
+            UsageError: `uri` is no NBD URI, or what it names for TLS is unfit.
             NotFoundError: nobody listens there, or has no such export.
             ProtocolError: the server refuses the export, or breaks the protocol.
             DeviceError: it cannot be reached, is empty, cannot be written to, or is of odd length.
         """
-        parsed = plain_uri(uri)
+        parsed = nbd_uri.parse(uri)
         session = RemoteSession(parsed, options or RemoteOptions())
         await session.open()
         try:

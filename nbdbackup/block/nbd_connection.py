@@ -11,16 +11,18 @@ server may make us wait for or keep is bounded: a handshake by `connect_timeout_
 
 import asyncio
 import socket
+import ssl
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 from nbdbackup.block.device import ReadableBuffer
-from nbdbackup.errors import NbdBackupError, UsageError
-from nbdbackup.nbd import uri as nbd_uri
+from nbdbackup.block.nbd_tls import ClientTls, reach_tls
+from nbdbackup.errors import NbdBackupError, ProtocolError
 from nbdbackup.nbd.client import ClientNegotiation, RemoteExport, encode_request
 from nbdbackup.nbd.constants import Command
 from nbdbackup.nbd.reply_parser import Reply, ReplyParser
 from nbdbackup.nbd.uri import NbdUri
+from nbdbackup.tls.credentials import explain
 
 RECEIVE_BYTES = 256 << 10
 OPERATIONS_MAX = 64
@@ -96,7 +98,9 @@ class Connection(asyncio.BufferedProtocol):
         self._limits = limits
         self._owner = owner
         self._transport: asyncio.Transport | None = None
-        self._negotiation: ClientNegotiation | None = ClientNegotiation(uri.export, contexts=contexts)
+        self._negotiation: ClientNegotiation | None = ClientNegotiation(
+            uri.export, contexts=contexts, tls=uri.tls
+        )
         self._negotiated: asyncio.Future[Exception | None] = self._loop.create_future()
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._received = memoryview(bytearray(RECEIVE_BYTES))
@@ -185,11 +189,31 @@ class Connection(asyncio.BufferedProtocol):
         if failure is not None:
             raise failure
 
+    async def start_tls(self, sock: socket.socket, tls: ClientTls) -> None:
+        """Go on with `sock`, on which nothing was said yet, and TLS.
+
+        Raises:
+            ProtocolError: the server offers none, or not such that we could trust it.
+            OSError: the connection broke.
+        """
+        assert self._negotiation is not None
+        await reach_tls(sock, self._negotiation)
+        try:
+            await self._loop.create_connection(
+                lambda: self, sock=sock, ssl=tls.context, server_hostname=tls.hostname or ""
+            )
+        except ssl.SSLError as error:
+            raise ProtocolError(f"TLS handshake failed: {explain(error)}") from None
+        except ConnectionError:
+            raise ConnectionResetError("the server hung up in the TLS handshake") from None
+
     # asyncio.BufferedProtocol.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        if self._negotiation is not None and self._negotiation.wants_tls:
+            self._transport.write(self._negotiation.tls_started())
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._received
@@ -212,6 +236,8 @@ class Connection(asyncio.BufferedProtocol):
         self.fail(ConnectionResetError(_HUNG_UP) if self._negotiation is None else self._negotiation.closed())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if isinstance(exc, ssl.SSLError):
+            exc = ConnectionAbortedError(f"TLS: {explain(exc)}")
         cause = self._cause or exc or ConnectionResetError(_HUNG_UP)
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -265,16 +291,10 @@ class Connection(asyncio.BufferedProtocol):
             self._watchdog = self._loop.call_later(limit - silent_s, self._look_for_stall)
 
 
-def plain_uri(text: str) -> NbdUri:
-    """The NBD URI `text`; raises UsageError if it is none, or asks for TLS."""
-    uri = nbd_uri.parse(text)
-    if uri.tls:
-        raise UsageError(f"{uri} asks for TLS, which this version does not speak: use a plain nbd:// URI")
-    return uri
-
-
-async def connect(uri: NbdUri, contexts: tuple[str, ...], limits: Limits, owner: Owner) -> Connection:
-    """Connect to `uri` and negotiate its export; see `Connection` for the rest.
+async def connect(
+    uri: NbdUri, tls: ClientTls | None, contexts: tuple[str, ...], limits: Limits, owner: Owner
+) -> Connection:
+    """Connect to `uri`, with `tls` if it says so, and negotiate its export; see `Connection` for the rest.
 
     Raises:
         OSError: nobody can be reached there, or not within `limits`.
@@ -286,7 +306,10 @@ async def connect(uri: NbdUri, contexts: tuple[str, ...], limits: Limits, owner:
         async with asyncio.timeout(limits.connect_timeout_s):
             sock = await connected_socket(uri)
             try:
-                await loop.create_connection(lambda: connection, sock=sock)
+                if tls is None:
+                    await loop.create_connection(lambda: connection, sock=sock)
+                else:
+                    await connection.start_tls(sock, tls)
             except BaseException:
                 sock.close()
                 raise

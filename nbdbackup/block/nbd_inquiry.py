@@ -1,13 +1,17 @@
 """Asking a server over a socket what it has: moves bytes between it and `nbd.client_inquiry`."""
 
 import asyncio
+import socket
 
-from nbdbackup.block.nbd_connection import Limits, connected_socket, plain_uri
+from nbdbackup.block.nbd_connection import Limits, connected_socket
 from nbdbackup.block.nbd_session import RemoteOptions, RemoteSession, cannot_connect
+from nbdbackup.block.nbd_tls import ClientTls, client_tls, reach_tls
 from nbdbackup.errors import NbdBackupError
+from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.nbd.client import RemoteExport
 from nbdbackup.nbd.client_inquiry import ClientInquiry
 from nbdbackup.nbd.uri import NbdUri
+from nbdbackup.tls.stream import TlsStream
 
 RECEIVE_BYTES = 64 << 10
 
@@ -19,7 +23,8 @@ async def list_exports(uri: str) -> ClientInquiry:
         UsageError, NotFoundError, DeviceError: see `NbdDevice.open`.
         ProtocolError: the server does not list its exports, or breaks the protocol.
     """
-    return await _ask(plain_uri(uri), ClientInquiry())
+    parsed = nbd_uri.parse(uri)
+    return await _ask(parsed, ClientInquiry(tls=parsed.tls))
 
 
 async def list_contexts(uri: str) -> list[str]:
@@ -27,8 +32,8 @@ async def list_contexts(uri: str) -> list[str]:
 
     Raises: as `list_exports`.
     """
-    parsed = plain_uri(uri)
-    inquiry = await _ask(parsed, ClientInquiry((parsed.export,)))
+    parsed = nbd_uri.parse(uri)
+    inquiry = await _ask(parsed, ClientInquiry((parsed.export,), tls=parsed.tls))
     return inquiry.contexts.get(parsed.export, [])
 
 
@@ -37,17 +42,18 @@ async def describe(uri: str) -> RemoteExport:
 
     Raises: as `list_exports`.
     """
-    session = RemoteSession(plain_uri(uri), RemoteOptions(reconnect_delay_s=0, connections_max=1))
+    session = RemoteSession(nbd_uri.parse(uri), RemoteOptions(reconnect_delay_s=0, connections_max=1))
     await session.open()
     await session.close()
     return session.export
 
 
 async def _ask(uri: NbdUri, inquiry: ClientInquiry) -> ClientInquiry:
+    tls = client_tls(uri)
     limit_s = Limits().connect_timeout_s
     try:
         async with asyncio.timeout(limit_s):
-            await _converse(uri, inquiry)
+            await _converse(uri, tls, inquiry)
     except TimeoutError:
         raise cannot_connect(uri, TimeoutError(f"no answer within {limit_s:g} s")) from None
     except (OSError, NbdBackupError) as error:
@@ -55,11 +61,27 @@ async def _ask(uri: NbdUri, inquiry: ClientInquiry) -> ClientInquiry:
     return inquiry
 
 
-async def _converse(uri: NbdUri, inquiry: ClientInquiry) -> None:
+async def _converse(uri: NbdUri, tls: ClientTls | None, inquiry: ClientInquiry) -> None:
     loop = asyncio.get_running_loop()
     with await connected_socket(uri) as sock:
+        if tls is not None:
+            await _converse_over_tls(sock, tls, inquiry)
+            return
         while not inquiry.is_over:
             data = await loop.sock_recv(sock, RECEIVE_BYTES)
             if not data:
                 raise inquiry.closed()
             await loop.sock_sendall(sock, inquiry.receive(data))
+
+
+async def _converse_over_tls(sock: socket.socket, tls: ClientTls, inquiry: ClientInquiry) -> None:
+    await reach_tls(sock, inquiry)
+    stream = TlsStream(sock, tls.context, server_side=False, server_hostname=tls.hostname)
+    await stream.handshake()
+    await stream.send_all(inquiry.tls_started())
+    while not inquiry.is_over:
+        data = await stream.receive(RECEIVE_BYTES)
+        if not data:
+            raise inquiry.closed()
+        await stream.send_all(inquiry.receive(data))
+    stream.close()

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from nbdbackup.block.nbd_connection import Connection, Limits, Operation, connect
 from nbdbackup.block.nbd_journal import BYTES_MAX as JOURNAL_BYTES_MAX
 from nbdbackup.block.nbd_journal import Journal
+from nbdbackup.block.nbd_tls import client_tls
 from nbdbackup.errors import DeviceError, NbdBackupError, NotFoundError, ProtocolError
 from nbdbackup.nbd.client import RemoteExport
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, Errno, TransmissionFlags
@@ -80,6 +81,7 @@ class RemoteSession:
         # Set once.
         self.uri = uri
         self.options = options
+        self._tls = client_tls(uri)
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(0)
         self._keeper: asyncio.Task[None]
@@ -397,7 +399,7 @@ class RemoteSession:
             self._note_unsafe(f"a write failed when it was done again after a reconnect: {reason(outcome)}")
 
     async def _connect(self) -> Connection:
-        return await connect(self.uri, self.options.contexts, self.options.limits, self)
+        return await connect(self.uri, self._tls, self.options.contexts, self.options.limits, self)
 
 
 def cannot_connect(uri: NbdUri, error: Exception) -> NbdBackupError:

@@ -117,9 +117,9 @@ async def _show_file(options: InfoOptions) -> int:
 
 
 async def _show_exports(options: InfoOptions) -> int:
+    here = nbd_uri.parse(options.image)
     if options.list:
         inquiry = await list_exports(options.image)
-        here = nbd_uri.parse(options.image)
         found = []
         for name, description in inquiry.descriptions.items():
             uri = str(replace(here, export=name))
@@ -135,14 +135,14 @@ async def _show_exports(options: InfoOptions) -> int:
         print_json(
             {
                 "protocol": "newstyle-fixed",
-                "TLS": False,
+                "TLS": here.tls,
                 "structured": structured,
                 "exports": [described.as_json() for described in found],
             }
         )
         return ExitStatus.DONE
     packets = "structured" if structured else "simple"
-    print(f"protocol: newstyle-fixed without TLS, using {packets} packets")
+    print(f"protocol: newstyle-fixed {'with' if here.tls else 'without'} TLS, using {packets} packets")
     for described in found:
         _print_export(described)
     return ExitStatus.DONE

@@ -101,9 +101,12 @@ def absolute_place(text: str) -> str:
     if "://" not in text or text.startswith(("/", "./")):
         return os.path.abspath(text)
     place = nbd_uri.parse(text)
-    if place.socket_path is not None:
-        place = replace(place, socket_path=os.path.abspath(place.socket_path))
-    return str(place)
+    files = {
+        field: os.path.abspath(path)
+        for field in ("socket_path", "tls_certificates", "tls_psk_file")
+        if (path := getattr(place, field)) is not None
+    }
+    return str(replace(place, **files))
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

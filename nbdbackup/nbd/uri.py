@@ -3,6 +3,9 @@
     nbd://HOST[:PORT]/EXPORT            nbd+unix:///EXPORT?socket=PATH
     nbds://HOST[:PORT]/EXPORT           nbds+unix:///EXPORT?socket=PATH      the same, with TLS
 
+With TLS, `tls-certificates=DIR`, `tls-hostname=NAME`, `tls-verify-peer=BOOL` and `tls-psk-file=FILE` with
+`USER@` before the host; libnbd's names and meanings.
+
 The export name is the path without its first slash, percent-decoded; no path is the default
 export "". A query parameter that is not known is refused: one that asked for TLS and was silently
 dropped would send the disk in the clear.
@@ -17,6 +20,10 @@ from nbdbackup.errors import UsageError
 from nbdbackup.nbd.constants import PORT_DEFAULT, STRING_BYTES_MAX
 
 SCHEMES = ("nbd", "nbd+unix", "nbds", "nbds+unix")
+
+_PARAMETERS = ("socket", "tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer")
+_TRUE = ("1", "true", "t", "yes", "y", "on")
+_FALSE = ("0", "false", "f", "no", "n", "off")
 
 _SAFE = "/"
 """Kept readable in export names and paths; all else that RFC 3986 does not call unreserved is encoded."""
@@ -35,6 +42,8 @@ class NbdUri:
     """For TLS with pre-shared keys."""
     tls_certificates: str | None = None
     tls_psk_file: str | None = None
+    tls_hostname: str | None = None
+    tls_verify_peer: bool = True
 
     def __str__(self) -> str:
         """The URI, as it was meant."""
@@ -43,6 +52,8 @@ class NbdUri:
             ("socket", self.socket_path),
             ("tls-certificates", self.tls_certificates),
             ("tls-psk-file", self.tls_psk_file),
+            ("tls-hostname", self.tls_hostname),
+            ("tls-verify-peer", None if self.tls_verify_peer else "0"),
         )
         query = "&".join(
             f"{key}={quote(value, _SAFE, errors='surrogateescape')}"
@@ -98,6 +109,8 @@ def parse(text: str) -> NbdUri:
     socket_path = parameters.pop("socket", None)
     if parameters and not tls:
         raise _refused(text, f"{next(iter(parameters))} needs nbds:// or nbds+unix://")
+    if "tls-certificates" in parameters and "tls-psk-file" in parameters:
+        raise _refused(text, "tls-certificates and tls-psk-file contradict each other")
     host = None if parts.hostname is None else _decoded(text, parts.hostname)
     if parts.scheme.endswith("+unix"):
         if not socket_path:
@@ -117,6 +130,8 @@ def parse(text: str) -> NbdUri:
         username=None if parts.username is None else _decoded(text, parts.username),
         tls_certificates=parameters.get("tls-certificates"),
         tls_psk_file=parameters.get("tls-psk-file"),
+        tls_hostname=_text_of(text, parameters.get("tls-hostname")),
+        tls_verify_peer=_truth_of(text, parameters.get("tls-verify-peer", "1")),
     )
 
 
@@ -124,15 +139,28 @@ def _parameters(text: str, query: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for pair in query.split("&") if query else ():
         key, separator, value = pair.partition("=")
-        if key not in ("socket", "tls-certificates", "tls-psk-file"):
+        if key not in _PARAMETERS:
             raise _refused(text, f"query parameter {key!r} is not known")
         if key in parameters:
             raise _refused(text, f"{key} is given twice")
         if not separator or not value:
             raise _refused(text, f"{key} has no value")
-        # Every parameter is a path, and a path need not be UTF-8.
+        # Most parameters are paths, and a path need not be UTF-8.
         parameters[key] = _decoded(text, value, "surrogateescape")
     return parameters
+
+
+def _text_of(text: str, value: str | None) -> str | None:
+    if value is not None and not value.isprintable():
+        raise _refused(text, "tls-hostname is not UTF-8")
+    return value
+
+
+def _truth_of(text: str, value: str) -> bool:
+    lowered = value.lower()
+    if lowered not in _TRUE + _FALSE:
+        raise _refused(text, f"tls-verify-peer is {_TRUE[0]} or {_FALSE[0]}, not {value!r}")
+    return lowered in _TRUE
 
 
 def _export_name(text: str, path: str) -> str:

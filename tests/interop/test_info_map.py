@@ -179,7 +179,8 @@ def test_what_cannot_be_looked_at_is_refused_in_one_line(tmp_path: Path, image: 
     for verb in ("info", "map"):
         assert "does not exist" in refused(verb, tmp_path / "missing")
         assert f"cannot connect to {gone}" in refused(verb, gone, status=10)
-        assert "asks for TLS" in refused(verb, "nbds://localhost/x", status=2)
+        no_files = f"nbds+unix:///x?socket={tmp_path}/gone&tls-certificates={tmp_path}/nowhere"
+        assert "there is no directory of certificates" in refused(verb, no_files, status=2)
         assert "the scheme must be" in refused(verb, "http://localhost/x", status=2)
         assert "looks like a qcow2 image" in refused(verb, container, status=2)
         assert nbdbackup(verb, "-f", "raw", container)

@@ -166,7 +166,8 @@ def test_unfit_remote_targets_are_refused_in_one_line(tmp_path: Path, serve: Ser
     for transport in ("unix", "tcp"):
         own = server.uri("disk", transport)
         assert "this very server" in refused(server, "disk", own)
-    assert "TLS" in refused(server, "disk", "nbds://localhost/x")
+    no_files = f"nbds://localhost/x?tls-certificates={tmp_path}/nowhere"
+    assert "there is no directory of certificates" in refused(server, "disk", no_files)
     assert sha256(disk) == sha256(make_disk(tmp_path / "again.img", SIZE))
 
 

@@ -11,25 +11,30 @@ from nbdbackup.nbd.uri import format_unix
 from nbdbackup.server.exports import Export, ExportTable
 from nbdbackup.server.listener import listen_unix
 from nbdbackup.server.server import Server
+from nbdbackup.server.tls import ServerTls
 
 STOP_TIMEOUT_S = 30
 
 
 @asynccontextmanager
 async def serving(
-    devices: Mapping[str, BlockDevice], *, path: str | None = None, read_only: bool = False
+    devices: Mapping[str, BlockDevice],
+    *,
+    path: str | None = None,
+    read_only: bool = False,
+    tls: ServerTls | None = None,
 ) -> AsyncIterator[str]:
-    """Serve `devices` by name; the URI of the first one."""
+    """Serve `devices` by name; the URI of the first one, nbds+unix:// with `tls`."""
     with tempfile.TemporaryDirectory(prefix="nbdbackup-own-") as directory:
         where = path or f"{directory}/s"
         exports = ExportTable()
         for name, device in devices.items():
             exports.add(Export(name, Node(name, device), "", read_only))
         listener = listen_unix(where)
-        server = Server(exports, [listener], 0)
+        server = Server(exports, [listener], 0, tls)
         running = asyncio.create_task(server.run())
         try:
-            yield format_unix(where, next(iter(devices)))
+            yield format_unix(where, next(iter(devices)), tls=tls is not None)
         finally:
             server.stop()
             async with asyncio.timeout(STOP_TIMEOUT_S):

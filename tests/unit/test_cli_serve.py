@@ -296,3 +296,9 @@ def test_fork_gives_the_status_of_a_server_that_fails_to_start(tmp_path: Path) -
     assert done.returncode == 4
     assert done.stdout == ""
     assert done.stderr == "nbdbackup: port in use\n"
+
+
+def test_files_that_a_remote_source_names_are_absolute_too() -> None:
+    here = Path.cwd()
+    (source,) = options_of("d=nbds+unix:///x?socket=s&tls-certificates=pki").sources
+    assert source.path == f"nbds+unix:///x?socket={here}/s&tls-certificates={here}/pki"

@@ -38,8 +38,8 @@ ROOMS = {
 
 EXTRA_ROOMS = {
     "block.nbd": {"nbd"},
-    "block.nbd_connection": {"nbd"},
-    "block.nbd_inquiry": {"nbd"},
+    "block.nbd_connection": {"nbd", "tls"},
+    "block.nbd_inquiry": {"nbd", "tls"},
     "block.nbd_journal": {"nbd"},
     "block.nbd_session": {"nbd"},
     "block.nbd_tls": {"nbd", "tls"},

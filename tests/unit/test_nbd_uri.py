@@ -31,6 +31,12 @@ STRINGS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs
             "nbds+unix:///x?socket=/s&tls-certificates=/pki",
             NbdUri("x", socket_path="/s", tls=True, tls_certificates="/pki"),
         ),
+        (
+            "nbds://h/x?tls-hostname=disks.example&tls-verify-peer=No",
+            NbdUri("x", host="h", tls=True, tls_hostname="disks.example", tls_verify_peer=False),
+        ),
+        ("nbds://me@h/x?tls-psk-file=/k", NbdUri("x", host="h", tls=True, username="me", tls_psk_file="/k")),
+        ("nbds://h?tls-verify-peer=1", NbdUri("", host="h", tls=True)),
         ("NBD://h/x", NbdUri("x", host="h")),
     ],
 )
@@ -50,6 +56,11 @@ def test_uri_says_where_the_export_is(text: str, expected: NbdUri) -> None:
         ("nbd+unix://h/x?socket=/s", "no host"),
         ("nbd://h/x?socket=/s", "nbd\\+unix"),
         ("nbd://h/x?tls-psk-file=/f", "needs nbds"),
+        ("nbds://h/x?tls-verify-peer=maybe", "tls-verify-peer is 1 or 0"),
+        ("nbd://h/x?tls-verify-peer=0", "needs nbds"),
+        ("nbds://h/x?tls-hostname=%ff", "not UTF-8"),
+        ("nbds://h/x?tls-certificates=/d&tls-psk-file=/f", "contradict each other"),
+        ("nbds://h/x?tls-priority=NORMAL", "'tls-priority' is not known"),
         ("nbd+unix:///x?socket=/s&sokcet=/t", "'sokcet' is not known"),
         ("nbd+unix:///x?socket=/s&socket=/t", "twice"),
         ("nbd://h:0/x", "port 0"),
@@ -82,6 +93,12 @@ def test_formatted_uris_are_what_other_tools_take() -> None:
 @given(export=STRINGS, path=STRINGS.filter(bool), tls=st.booleans())
 def test_every_unix_uri_survives_the_round_trip(export: str, path: str, tls: bool) -> None:
     meant = NbdUri(export, socket_path=path, tls=tls)
+    assert uri.parse(str(meant)) == meant
+
+
+@given(path=STRINGS.filter(bool), name=STRINGS.filter(str.isprintable).filter(bool), verify=st.booleans())
+def test_every_tls_uri_survives_the_round_trip(path: str, name: str, verify: bool) -> None:
+    meant = NbdUri("x", host="h", tls=True, tls_certificates=path, tls_hostname=name, tls_verify_peer=verify)
     assert uri.parse(str(meant)) == meant
 
 

@@ -88,12 +88,6 @@ async def test_uri_of_another_scheme_is_refused_with_a_way_around() -> None:
         await open_device("http://x/y")
 
 
-@pytest.mark.parametrize("uri", ["nbds://localhost/disk", "nbds+unix:///disk?socket=/run/x"])
-async def test_uri_with_tls_is_refused(uri: str) -> None:
-    with pytest.raises(UsageError, match="TLS"):
-        await open_device(uri)
-
-
 async def test_malformed_uri_is_refused() -> None:
     with pytest.raises(UsageError, match="tls-verify"):
         await open_device("nbd://localhost/disk?tls-verify=no")
