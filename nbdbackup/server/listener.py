@@ -1,15 +1,20 @@
 """Listening sockets: TCP and Unix."""
 
 import errno
+import ipaddress
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from nbdbackup.errors import ConflictError, DeviceError, UsageError
 from nbdbackup.nbd.uri import format_tcp, format_unix
 
 BACKLOG = 128
+
+AddressRange: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,23 +23,59 @@ class Listener:
 
     sock: socket.socket
     path: str | None = None
-    """Of a Unix socket: removed when the listener is closed."""
+    """Of a Unix socket, which has one unless it was made without."""
+    owns_path: bool = True
+    """Whether `path` is removed when the listener is closed."""
 
     def uri(self, export: str = "") -> str:
         """The NBD URI of `export` here."""
-        if self.path is not None:
-            return format_unix(self.path, export)
+        if self.sock.family == socket.AF_UNIX:
+            return format_unix(self.path or "", export)
         host, port = self.sock.getsockname()[:2]
         return format_tcp(host, port, export)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether other machines may be able to connect."""
+        if self.sock.family == socket.AF_UNIX:
+            return False
+        return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
 
     def close(self) -> None:
         """Stop listening."""
         self.sock.close()
-        if self.path is not None:
+        if self.path is not None and self.owns_path:
             try:
                 os.unlink(self.path)
             except FileNotFoundError:
                 pass
+
+
+def parse_range(text: str) -> AddressRange:
+    """An address, or a range of them in CIDR notation.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise UsageError(
+            f"'{text}' is no address range: write an address, or ADDRESS/BITS as in 10.0.0.0/8"
+        ) from None
+
+
+def is_allowed(family: int, address: tuple[object, ...] | str, allowed: Sequence[AddressRange]) -> bool:
+    """Whether a client at `address`, as `accept` tells it, may connect; no range allows everybody.
+
+    A Unix socket is not asked: its directory and mode say who may.
+    """
+    if not allowed or family == socket.AF_UNIX:
+        return True
+    client = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    if isinstance(client, ipaddress.IPv6Address) and client.ipv4_mapped is not None:
+        client = client.ipv4_mapped
+    return any(client.version == network.version and client in network for network in allowed)
 
 
 def listen_tcp(host: str, port: int) -> Listener:

@@ -132,7 +132,7 @@ def test_06_several_options_in_one_packet_are_answered_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("code", [0, wire.PEEK_EXPORT, wire.EXTENDED_HEADERS, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("code", [0, wire.PEEK_EXPORT, 12, 0xFFFFFFFF])
 @pytest.mark.parametrize("payload", [b"", b"x", wire.option(wire.ABORT), bytes(300_000)])
 def test_07_unknown_option_is_consumed_and_refused_in_step(code: int, payload: bytes) -> None:
     server = begin()
