@@ -122,6 +122,30 @@ def listen_unix(path: str) -> Listener:
     return Listener(sock, path)
 
 
+def adopt(descriptor: int, name: str) -> Listener:
+    """Listen on a socket that is open as `descriptor` and listens already; its owner calls it `name`.
+
+    Raises:
+        UsageError: it is no listening stream socket of a family that NBD is served on.
+    """
+    what = f"inherited socket {descriptor}" + (f" ({name})" if name else "")
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise UsageError(f"{what} cannot be used: {os.strerror(error.errno or errno.EBADF)}") from None
+    if sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        problem = "is neither TCP nor a Unix socket"
+    elif sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        problem = "is no stream socket that listens: use ListenStream= and Accept=no"
+    else:
+        sock.setblocking(False)
+        sock.set_inheritable(False)
+        path = sock.getsockname() if sock.family == socket.AF_UNIX else None
+        return Listener(sock, path if isinstance(path, str) else None, owns_path=False)
+    sock.detach()
+    raise UsageError(f"{what} {problem}")
+
+
 def _remove_stale(path: str) -> None:
     try:
         mode = os.lstat(path).st_mode
