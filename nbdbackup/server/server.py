@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 ACCEPT_PAUSE_S = 0.1
 SOCKET_BUFFER_BYTES = 1 << 20
 STOP_TIMEOUT_S = 10.0
-"""After `stop`, replies that a client does not read are given up after this long."""
+"""After `stop`, a client that does not read its replies, or goes on asking, is disconnected then."""
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 15
 KEEPALIVE_PROBES = 4
@@ -92,8 +92,8 @@ class Server:
 
     def _give_up_replies(self) -> None:
         for session in self._sessions:
-            if session.is_blocked:
-                session.disconnect("it did not read its replies while the server was stopping")
+            if session.is_dawdling:
+                session.disconnect("the server is stopping and waits only for this client")
 
     async def _accept(self, group: asyncio.TaskGroup, listener: Listener) -> None:
         loop = asyncio.get_running_loop()

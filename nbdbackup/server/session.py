@@ -110,7 +110,7 @@ class Session:
             raise failure
 
     def shut_down(self) -> None:
-        """Finish what is in flight, answer what else has been received with ESHUTDOWN, and end."""
+        """Finish what is in flight, answer what else arrives meanwhile with ESHUTDOWN, and end."""
         self._shutting_down = True
         self._schedule_turn()
 
@@ -119,9 +119,9 @@ class Session:
         self._end(ConnectionAbortedError(reason))
 
     @property
-    def is_blocked(self) -> bool:
-        """Whether replies wait for the client to read."""
-        return self._replies.is_blocked
+    def is_dawdling(self) -> bool:
+        """Whether only the client keeps it from ending on the way down."""
+        return self._replies.is_blocked or not self._in_flight
 
     def wake(self) -> None:
         """The shared budget has room again."""
@@ -130,20 +130,25 @@ class Session:
     # Turns: whatever happens (bytes arrive, the socket takes more, a task ends) leads to one.
 
     def _on_readable(self) -> None:
-        try:
-            if not self._received.receive(self._sock):
-                self._stream_ended = True
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._end(error)
-            return
-        self.last_progress = self._loop.time()
-        self._turn()
+        if self._receive():
+            self._turn()
 
     def _on_writable(self) -> None:
         self.last_progress = self._loop.time()
         self._turn()
+
+    def _receive(self) -> bool:
+        """Receive once; whether there is something new."""
+        try:
+            if not self._received.receive(self._sock):
+                self._stream_ended = True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end(error)
+            return False
+        self.last_progress = self._loop.time()
+        return True
 
     def _schedule_turn(self) -> None:
         if not self._turn_scheduled and not self._over.done():
@@ -173,12 +178,17 @@ class Session:
         is_paused = self._is_full() or self._lacks_room or self._replies.is_blocked
         if is_paused and self._budget.is_full:
             self._budget.wait(self)
-        if (self._stream_ended or self._shutting_down) and not is_paused and not self._turn_scheduled:
+        if self._stream_ended and not is_paused and not self._turn_scheduled:
             # Every whole request that had arrived was taken.
             self._no_more_requests = True
-        if self._no_more_requests and not self._in_flight and self._replies.is_empty:
-            self._over.set_result(None)
-            return
+        if not self._in_flight and self._replies.is_empty and not is_paused and not self._turn_scheduled:
+            # On the way down, what has arrived is answered first: to close a socket with bytes in it
+            # would take away answers that the client has not read yet.
+            if self._shutting_down and not self._no_more_requests and self._receive():
+                self._schedule_turn()
+            elif self._shutting_down or self._no_more_requests:
+                self._end(None)
+                return
         may_read = not (self._no_more_requests or self._stream_ended or self._turn_scheduled or is_paused)
         self._watch(reading=may_read, writing=self._replies.is_blocked)
 
@@ -196,7 +206,7 @@ class Session:
             else:
                 self._loop.remove_writer(self._sock)
 
-    def _end(self, failure: BaseException) -> None:
+    def _end(self, failure: BaseException | None) -> None:
         if not self._over.done():
             self._over.set_result(failure)
 
