@@ -1,5 +1,6 @@
 """Fixtures and collection rules for all tests."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,11 +12,25 @@ from tests.support.server import Server
 ServeFunction = Callable[..., Server]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what loads the whole machine on one xdist worker, so that two such never meet."""
     for item in items:
         if item.get_closest_marker("kernel") or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group("heavy"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_as_it_was() -> Iterator[None]:
+    """Undo what a command run inside the test process does to logging: its stream is gone after the test."""
+    root, asyncio_logger = logging.getLogger(), logging.getLogger("asyncio")
+    levels = (root.level, asyncio_logger.level)
+    yield
+    root.setLevel(levels[0])
+    asyncio_logger.setLevel(levels[1])
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
 
 
 @pytest.fixture

@@ -114,17 +114,30 @@ def _find_holder(fd: int) -> int | None:
     """
     status = os.fstat(fd)
     file_id = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    own = f"/proc/{os.getpid()}/fdinfo/{fd}"
-    for info in Path("/proc").glob("[0-9]*/fdinfo/*"):
-        if str(info) == own:
-            continue
-        try:
-            text = info.read_text()
-        except OSError:
-            continue
-        if any("OFDLCK" in line and file_id in line.split() for line in text.splitlines()):
-            return int(info.parts[2])
+    for process in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        directory = Path(f"/proc/{process}/fdinfo")
+        for descriptor in _names_in(directory):
+            if process == os.getpid() and descriptor == str(fd):
+                continue
+            if _shows_lock(directory / descriptor, file_id):
+                return process
     return None
+
+
+def _names_in(directory: Path) -> list[str]:
+    """What is in it; nothing if it may not be looked into, or its process has ended."""
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _shows_lock(info: Path, file_id: str) -> bool:
+    try:
+        text = info.read_text()
+    except OSError:
+        return False
+    return any("OFDLCK" in line and file_id in line.split() for line in text.splitlines())
 
 
 def _process_name(process: int) -> str:

@@ -1,8 +1,8 @@
 """`nbdbackup backup`: start a backup job on the server, and stay with it until it ends.
 
-The job belongs to the server: if this process dies, the job goes on. Interrupting is
-another matter: Ctrl-C asks whether to leave the job alone or to cancel it; where nobody can
-be asked, it is cancelled, and so it is on SIGTERM.
+The job belongs to the server: if this process dies, or its terminal is closed, the job goes
+on. Interrupting is another matter: Ctrl-C asks whether to leave the job alone or to cancel
+it; where nobody can be asked, it is cancelled, and so it is on SIGTERM.
 """
 
 import argparse
@@ -243,7 +243,10 @@ async def _attended(
             if choice == "cancel":
                 return await _cancelled(control, options, job_id, end)
             shown.resume()
-        return _told(options, await end)
+        job_end = await end
+        shown.finish(job_id, job_end.done, job_end.total)
+        shown.pause()
+        return _told(options, job_end)
     finally:
         end.cancel()
         await asyncio.wait([end])

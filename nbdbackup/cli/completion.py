@@ -3,8 +3,6 @@
 import argparse
 from dataclasses import dataclass
 
-import shtab
-
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.parser import Verbs
 
@@ -29,7 +27,9 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """`completion`."""
-    # Imported here: main imports this module by its name.
+    # Imported here: main imports this module by its name, and shtab takes its time.
+    import shtab
+
     from nbdbackup.cli.main import build_parser
 
     options = CompletionOptions(namespace.shell)

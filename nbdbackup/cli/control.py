@@ -16,6 +16,7 @@ import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.protocol import StateError
 
+from nbdbackup.cli.interrupts import is_ignored
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
 
 T = TypeVar("T")
@@ -158,7 +159,7 @@ async def explained(
 
 
 def run_async(main: Coroutine[object, object, T]) -> T:
-    """Run `main` in an event loop of its own; SIGTERM is an interrupt, as SIGINT is.
+    """Run `main` in an event loop of its own; SIGTERM and SIGHUP are interrupts, as SIGINT is.
 
     Either way `main` is cancelled and cleans up before KeyboardInterrupt is raised.
     """
@@ -173,7 +174,9 @@ def run_async(main: Coroutine[object, object, T]) -> T:
             terminated = True
             task.cancel()
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if not is_ignored(number):
+                asyncio.get_running_loop().add_signal_handler(number, terminate)
         try:
             return await main
         except asyncio.CancelledError:

@@ -41,6 +41,7 @@ WRITES_BEFORE = 500
 WRITES_TIMEOUT_S = 30
 PACE_S = 0.001
 SNAPSHOT = "disk@before"
+PARENT_BYTES_MAX = 64
 
 DESCRIPTION = """\
 Serve a temporary disk of 64 MiB, keep writing to it over NBD, and meanwhile take a snapshot,
@@ -76,8 +77,14 @@ def run(namespace: argparse.Namespace) -> int:
     options = DemoOptions(namespace.verbose)
     # So that SIGTERM cleans up, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="nbdbackup-demo-") as directory:
+    with tempfile.TemporaryDirectory(prefix="nbdbackup-demo-", dir=_parent_directory()) as directory:
         return Demo(Path(directory), options).run()
+
+
+def _parent_directory() -> str:
+    """The usual place for temporary files, unless paths of sockets in there would be too long."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= PARENT_BYTES_MAX else "/tmp"
 
 
 class Writer:
@@ -211,15 +218,7 @@ class Demo:
             (f"the disk {written} writes later", live, "moved on" if live != moment else "NOT CHANGED"),
         ):
             self._console.print(f"  {name:<34}{digest}  {verdict}".rstrip(), markup=False)
-        wrong = [
-            name
-            for name, bad in (
-                ("pull.img is not the point in time", pulled != moment),
-                ("push.img is not the point in time", pushed != moment),
-                ("the live disk has not changed", live == moment),
-            )
-            if bad
-        ]
+        wrong = differences(moment, pulled, pushed, live)
         if wrong:
             raise NbdBackupError(f"the demo failed: {'; '.join(wrong)}")
         self._console.print(
@@ -306,6 +305,16 @@ class Demo:
     def _output(self, text: str) -> None:
         for line in text.splitlines():
             self._console.print(f"  {line}", style="dim", markup=False)
+
+
+def differences(moment: str, pulled: str, pushed: str, live: str) -> list[str]:
+    """What the hashes show that must not be: both copies are the point in time, and the disk is not."""
+    claims = (
+        ("pull.img is not the point in time", pulled != moment),
+        ("push.img is not the point in time", pushed != moment),
+        ("the live disk has not changed", live == moment),
+    )
+    return [claim for claim, holds in claims if holds]
 
 
 def _hash(path: Path) -> str:

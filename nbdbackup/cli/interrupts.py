@@ -27,10 +27,14 @@ class Interrupts:
 
 @asynccontextmanager
 async def caught() -> AsyncIterator[Interrupts]:
-    """Inside, SIGINT and SIGTERM do nothing but be counted."""
+    """Inside, SIGINT and SIGTERM do nothing but be counted; one that is ignored stays so."""
     loop = asyncio.get_running_loop()
     interrupts = Interrupts()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if not is_ignored(number)
+    }
     for number in before:
         loop.add_signal_handler(number, interrupts.notice, number)
     try:
@@ -39,6 +43,11 @@ async def caught() -> AsyncIterator[Interrupts]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
+
+
+def is_ignored(number: signal.Signals) -> bool:
+    """Whether whoever started this process does not want it to notice the signal (nohup, `&` in a script)."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def can_ask() -> bool:

@@ -170,7 +170,9 @@ async def _watch(options: WatchOptions) -> int:
 async def _ends(control: Control, jobs: list[str], shown: Progress) -> list[JobEnd]:
     async def end_of(job_id: str) -> JobEnd:
         with control.events(JOB_EVENTS) as listener:
-            return await wait_job_end(control, listener, job_id, shown.report)
+            end = await wait_job_end(control, listener, job_id, shown.report)
+        shown.finish(job_id, end.done, end.total)
+        return end
 
     try:
         async with asyncio.TaskGroup() as group:

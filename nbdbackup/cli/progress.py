@@ -21,6 +21,9 @@ class Progress(Protocol):
     def report(self, job: JobInfo) -> None:
         """Show the state of `job`."""
 
+    def finish(self, job_id: str, done: int, total: int) -> None:
+        """The job is over, after `done` of `total` bytes."""
+
     def pause(self) -> None:
         """Stop drawing: somebody else writes to the terminal now."""
 
@@ -32,6 +35,9 @@ class NoProgress:
     """Shows nothing."""
 
     def report(self, job: JobInfo) -> None:
+        """Show nothing."""
+
+    def finish(self, job_id: str, done: int, total: int) -> None:
         """Show nothing."""
 
     def pause(self) -> None:

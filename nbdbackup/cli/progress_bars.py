@@ -27,6 +27,9 @@ class BarProgress:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            # Standard output may be a file: it must not be drawn around the bars.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._tasks: dict[str, TaskID] = {}
 
@@ -42,13 +45,17 @@ class BarProgress:
     def report(self, job: JobInfo) -> None:
         """Draw how far `job` is, and its status when that is not plain running."""
         description = job.id if job.status == "running" else f"{job.id} ({job.status})"
-        if job.id not in self._tasks:
-            self._tasks[job.id] = self._progress.add_task(description)
+        self._draw(job.id, description, job.current_progress, job.total_progress)
+
+    def finish(self, job_id: str, done: int, total: int) -> None:
+        """Draw where the job ended."""
+        self._draw(job_id, job_id, done, total)
+
+    def _draw(self, job_id: str, description: str, done: int, total: int) -> None:
+        if job_id not in self._tasks:
+            self._tasks[job_id] = self._progress.add_task(description)
         self._progress.update(
-            self._tasks[job.id],
-            description=description,
-            completed=job.current_progress,
-            total=job.total_progress or None,
+            self._tasks[job_id], description=description, completed=done, total=total or None
         )
 
     def pause(self) -> None:

@@ -13,7 +13,7 @@ from nbdbackup.fleece.snapshots import SnapshotPlan, take_snapshots
 from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
-from nbdbackup.job.target import ExistingTarget, Target, open_target
+from nbdbackup.job.target import BACKUP_USER, ExistingTarget, Target, open_target
 from nbdbackup.monitor.context import BackupRequest, TargetNode
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ class Backups:
         if entry.node is node or entry.node.root is node.root:
             raise UsageError("Source and target cannot be the same")
         refuse_same_file(node.root, entry.filename)
+        if BACKUP_USER in entry.users:
+            raise ConflictError(f"Node '{name}' is in use: by {BACKUP_USER}")
         if entry.node.read_only:
             raise ConflictError(f"Block node '{name}' is read-only")
         if entry.node.size != node.size:
@@ -90,7 +92,10 @@ def _options(request: BackupRequest) -> BackupOptions:
     if cluster_bytes & (cluster_bytes - 1) or cluster_bytes > CLUSTER_BYTES_MAX:
         raise UsageError(f"min-cluster-size must be a power of two up to {CLUSTER_BYTES_MAX}")
     if 0 < request.chunk_bytes_max < cluster_bytes:
-        raise UsageError("Required max-chunk is less than backup cluster size")
+        raise UsageError(
+            f"Required max-chunk ({request.chunk_bytes_max}) is less than "
+            f"backup cluster size ({cluster_bytes})"
+        )
     return BackupOptions(
         speed=request.speed,
         workers=request.workers,

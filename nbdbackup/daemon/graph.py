@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from nbdbackup.block.device import BlockDevice
@@ -49,7 +50,7 @@ class Graph:
         try:
             return self._entries[name]
         except KeyError:
-            raise NotFoundError(f"Cannot find device='' nor node-name='{name}'") from None
+            raise NotFoundError(f"Cannot find device='{name}' nor node-name='{name}'") from None
 
     def insert(self, name: str, device: BlockDevice, driver: str, filename: str, read_only: bool) -> Node:
         """Make the node `name` of `device`, which is the graph's to close from now on."""
@@ -91,6 +92,8 @@ class Graph:
 
     async def delete(self, name: str) -> None:
         """Close the node `name`, which nothing may use."""
+        if name not in self._entries:
+            raise NotFoundError(f"Failed to find node with node-name='{name}'")
         entry = self.entry(name)
         users = entry.users + [f"export '{e.name}'" for e in self._exports if e.node is entry.node]
         if users or any(True for _ in entry.node.filters):
@@ -102,22 +105,30 @@ class Graph:
             await entry.node.root.close()
 
     async def close(self) -> None:
-        """Flush and close every node; nothing may be in flight."""
-        while self._entries:
-            _, entry = self._entries.popitem()
-            if entry.child is not None:
-                continue
-            try:
-                if not entry.node.root.read_only:
-                    await entry.node.root.flush()
-            finally:
-                await entry.node.root.close()
+        """Flush and close every node; nothing may be in flight.
+
+        Raises:
+            OSError: one could not be flushed or closed; the others were none the less.
+        """
+        async with AsyncExitStack() as stack:
+            while self._entries:
+                _, entry = self._entries.popitem()
+                if entry.child is None:
+                    stack.push_async_callback(_flush_and_close, entry.node.root)
 
     def _info(self, entry: Entry) -> NodeInfo:
         node = entry.node
         return NodeInfo(
             node.name, entry.driver, entry.filename, node.size, node.read_only, _allocated(node.root)
         )
+
+
+async def _flush_and_close(device: BlockDevice) -> None:
+    try:
+        if not device.read_only:
+            await device.flush()
+    finally:
+        await device.close()
 
 
 def refuse_same_file(source: BlockDevice, path: str) -> None:

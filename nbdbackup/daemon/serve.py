@@ -18,6 +18,7 @@ from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.errors import DeviceError
+from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import Services
@@ -30,6 +31,28 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTORS_MAX = 65536
 """What the limit on open descriptors is raised to where that is permitted: one for each client."""
+
+
+class Stop:
+    """The request to end. It may come more than once; the first `reason` counts (QMP's ShutdownCause)."""
+
+    def __init__(self) -> None:
+        self._requested = asyncio.Event()
+        self.reason = "host-ui"
+
+    def request(self, reason: str) -> None:
+        """Ask the daemon to end, because of `reason`."""
+        if not self._requested.is_set():
+            self.reason = reason
+            self._requested.set()
+
+    def request_by_qmp(self) -> None:
+        """Ask the daemon to end, as a monitor's client does."""
+        self.request("host-qmp-quit")
+
+    async def wait(self) -> None:
+        """Return once the end was asked for."""
+        await self._requested.wait()
 
 
 async def serve(options: ServeOptions) -> int:
@@ -62,18 +85,19 @@ async def serve(options: ServeOptions) -> int:
 async def _run(
     options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
 ) -> int:
-    stop = asyncio.Event()
+    stop = Stop()
     snapshots = Snapshots(graph, server, state.scratch)
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.set)
-        async with monitor(options.control, services):
+        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.request_by_qmp)
+        async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 status = await _serve_until(options, server, stop)
                 notify("STOPPING=1")
+                control.publish(Event("SHUTDOWN", {"guest": False, "reason": stop.reason}))
                 logger.info("stopping: finishing what is in flight")
                 server.stop()
                 await jobs.cancel_all()
@@ -81,7 +105,7 @@ async def _run(
     return status
 
 
-async def _serve_until(options: ServeOptions, server: Server, stop: asyncio.Event) -> int:
+async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:
     """Announce readiness and wait for the end; the exit status."""
     for address, uri in zip(options.listeners, server.uris(), strict=True):
         if isinstance(address, InheritedSocket):
@@ -105,8 +129,8 @@ def _status(server: Server) -> str:
     return f"Serving {exports} export{'s'[: exports != 1]} to {server.client_count} clients"
 
 
-async def _wait_for_end(options: ServeOptions, server: Server, stop: asyncio.Event) -> int:
-    ends = [asyncio.ensure_future(stop.wait())]
+async def _wait_for_end(options: ServeOptions, server: Server, stop: Stop) -> int:
+    ends: list[asyncio.Future[object]] = [asyncio.ensure_future(stop.wait())]
     if options.exit_on_last:
         ends.append(asyncio.ensure_future(server.last_client_left.wait()))
     try:
@@ -117,7 +141,7 @@ async def _wait_for_end(options: ServeOptions, server: Server, stop: asyncio.Eve
     return 0
 
 
-async def _run_command(command: str, uri: str, stop: asyncio.Event) -> int:
+async def _run_command(command: str, uri: str, stop: Stop) -> int:
     """Run `command` in a shell with $uri set; its exit status, as a shell would give it."""
     process = await asyncio.create_subprocess_shell(command, env={**os.environ, "uri": uri})
     stopped = asyncio.ensure_future(stop.wait())
@@ -179,10 +203,10 @@ def _raise_descriptor_limit() -> None:
 
 
 @contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
+def _signals(stop: Stop) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.request, "host-signal")
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import open_scratch
 from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, take_snapshots
 from nbdbackup.monitor.context import SnapshotInfo, SnapshotOptions
+from nbdbackup.nbd.constants import STRING_BYTES_MAX
 from nbdbackup.server.exports import Export
 from nbdbackup.server.server import Server
 
@@ -30,6 +31,7 @@ class Snapshots:
         # Changing while running.
         self._snapshots: dict[str, Snapshot] = {}
         self._names_being_made: set[str] = set()
+        self._ending: set[Snapshot] = set()
 
     def list(self) -> Sequence[SnapshotInfo]:
         """Every live snapshot, the oldest first."""
@@ -59,15 +61,23 @@ class Snapshots:
         for export_name in exports:
             if export_name not in self._snapshots:
                 raise NotFoundError(f"there is no snapshot {export_name}")
-        for export_name in dict.fromkeys(exports):
-            snapshot = self._snapshots.pop(export_name)
-            self._server.exports.remove(export_name, f"snapshot {export_name} was dropped")
-            await snapshot.drop()
-            logger.info("snapshot %s dropped", export_name)
+        ending = [self._snapshots.pop(export_name) for export_name in dict.fromkeys(exports)]
+        # No await before all are out of the list: another drop must not find them there.
+        self._ending.update(ending)
+        for snapshot in ending:
+            self._server.exports.remove(snapshot.export_name, f"snapshot {snapshot.export_name} was dropped")
+        await self._end(ending)
 
     async def close(self) -> None:
-        """Drop all of them."""
+        """Drop all of them, and finish every drop that was cut short."""
         await self.drop(tuple(self._snapshots))
+        await self._end(tuple(self._ending))
+
+    async def _end(self, snapshots: Sequence[Snapshot]) -> None:
+        for snapshot in snapshots:
+            await snapshot.drop()
+            self._ending.discard(snapshot)
+            logger.info("snapshot %s dropped", snapshot.export_name)
 
     async def _take(
         self, nodes: Sequence[Node], name: str, options: SnapshotOptions, place: Path | None
@@ -96,6 +106,8 @@ class Snapshots:
         self._server.exports.add(Export(snapshot.export_name, snapshot.view, description, read_only=True))
 
     def _check_free(self, export_name: str) -> None:
+        if len(export_name.encode()) > STRING_BYTES_MAX:
+            raise UsageError(f"{export_name[:40]}... is too long for an export: choose a shorter --name")
         if export_name in self._snapshots or export_name in self._names_being_made:
             raise ConflictError(f"snapshot {export_name} exists already: drop it, or choose another --name")
         if self._server.exports.find(export_name) is not None:

@@ -29,6 +29,8 @@ CHUNK_BYTES_MAX = 1 << 20
 """One copy's length: long enough to be cheap, short enough for a client that waits for it."""
 MEMORY_BYTES_MAX = 64 << 20
 """Bounce buffers of one BlockCopy, all together."""
+BUFFERS_KEPT_MAX = 16
+"""Bounce buffers kept for the next copies."""
 INLINE_BYTES_MAX = 256 << 10
 """Longer reads and writes go to a thread, where the kernel copies beside the event loop."""
 
@@ -190,7 +192,7 @@ class BlockCopy:
                         await self._write_zeroes(piece)
                     else:
                         await self._write(piece, view[piece.offset - run.offset : piece.end - run.offset])
-            self._buffers.append(buffer)
+            self._keep_buffer(buffer)
 
     def _copy_cluster_nowait(self, run: Extent) -> bool:
         buffer = self._take_buffer(run.length)
@@ -202,7 +204,7 @@ class BlockCopy:
                     return self.target_zeroed
                 return _blaming(Side.TARGET, run, self.target.write_nowait, run.offset, view)
         finally:
-            self._buffers.append(buffer)
+            self._keep_buffer(buffer)
 
     async def _read(self, run: Extent, view: memoryview) -> None:
         try:
@@ -236,6 +238,10 @@ class BlockCopy:
             if len(buffer) >= length:
                 return buffer
         return bytearray(max(length, self.cluster_bytes))
+
+    def _keep_buffer(self, buffer: bytearray) -> None:
+        if len(self._buffers) < BUFFERS_KEPT_MAX:
+            self._buffers.append(buffer)
 
     def _is_zero(self, buffer: bytearray, start: int, length: int) -> bool:
         if buffer[start] or buffer[start + length - 1]:

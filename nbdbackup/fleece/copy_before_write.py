@@ -25,9 +25,16 @@ from enum import Enum
 from nbdbackup.block.device import BlockDevice, ReadableBuffer
 from nbdbackup.block.filter import FilterDevice
 from nbdbackup.errors import CopyError, DeviceError
-from nbdbackup.extents import Extent
+from nbdbackup.extents import Allocation, Extent
 from nbdbackup.fleece.block_copy import BlockCopy
 from nbdbackup.fleece.request_list import RequestList
+
+ASK_ZEROES_BYTES_MIN = 1 << 20
+"""A change of so many bytes first asks what is zero: discarding an empty disk must not read all of it."""
+LATE_COPIES_MAX = 64
+"""Copies that go on after their writes gave up; a client that repeats its write adds no more than these."""
+ZEROES_BYTES_MAX = 32 << 20
+"""Zeroes written to the copy's target at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -129,18 +136,49 @@ class CopyBeforeWrite(FilterDevice):
 
     async def _wait_copied(self, area: Extent) -> None:
         if not self.cbw_timeout_s:
-            await self.block_copy.copy(area)
+            await self._copy(area)
             return
-        # The copy outlives the write's patience: its I/O cannot be taken back, and its
-        # clusters must stay in flight until it has ended.
-        copying = asyncio.get_running_loop().create_task(self.block_copy.copy(area))
-        self._late_copies.add(copying)
-        copying.add_done_callback(self._late_copies.discard)
+        copying = asyncio.get_running_loop().create_task(self._copy(area))
         copying.add_done_callback(_look_at_result)
-        done, _ = await asyncio.wait({copying}, timeout=self.cbw_timeout_s)
-        if not done:
+        try:
+            await asyncio.wait({copying}, timeout=self.cbw_timeout_s)
+        finally:
+            if not copying.done():
+                self._let_outlive(copying)
+        if not copying.done():
             raise TimeoutError(f"no copy within {self.cbw_timeout_s:g} s (cbw-timeout)")
         copying.result()
+
+    def _let_outlive(self, copying: "asyncio.Task[None]") -> None:
+        """The write waits no longer, but the copy's I/O cannot be taken back: it goes on in flight."""
+        if len(self._late_copies) >= LATE_COPIES_MAX:
+            # One that only waits for the others ends at once. I/O of its own ends first, for nothing.
+            copying.cancel()
+        self._late_copies.add(copying)
+        copying.add_done_callback(self._late_copies.discard)
+
+    async def _copy(self, area: Extent) -> None:
+        if area.length >= ASK_ZEROES_BYTES_MIN:
+            await self._copy_known_zeroes(area)
+        await self.block_copy.copy(area)
+
+    async def _copy_known_zeroes(self, area: Extent) -> None:
+        area = self.block_copy.clusters(area)
+        position = area.offset
+        while position < area.end and self.block_copy.dirty.any(position, area.end - position):
+            try:
+                known = await self.child.block_status(position, area.end - position)
+            except OSError:
+                # Reading meets the error again, if it matters, and says whose it is.
+                return
+            for extent in known:
+                if extent.flags & Allocation.ZERO:
+                    for piece in self._whole_clusters(position, extent.length).split(ZEROES_BYTES_MAX):
+                        await self.block_copy.copy_zeroes(piece)
+                position += extent.length
+
+    def _whole_clusters(self, offset: int, length: int) -> Extent:
+        return Extent(offset, length).aligned_in(self.block_copy.cluster_bytes, self.size)
 
     def _settle_failure(self, area: Extent, error: CopyError | TimeoutError, code: int) -> None:
         """Apply the policy: raise what the client gets, or break the point in time."""

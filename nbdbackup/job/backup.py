@@ -12,7 +12,8 @@ sweep at the end finds any whose copy failed in somebody else's hands.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from nbdbackup.block.device import BlockDevice
@@ -27,6 +28,8 @@ from nbdbackup.job.target import Target
 
 WORKERS_DEFAULT = 8
 WORKERS_MAX = 64
+ZEROES_BYTES_MAX = 32 << 20
+"""Zeroes written at once to a target that holds old bytes: a client write to that range waits for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,21 @@ class BackupJob(Job):
 
     type = "backup"
 
-    def __init__(self, job_id: str, node: Node, target: Target, options: BackupOptions) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        node: Node,
+        target: Target,
+        options: BackupOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(
             job_id,
             node.name,
             speed=options.speed,
             auto_finalize=options.auto_finalize,
             auto_dismiss=options.auto_dismiss,
+            clock=clock,
         )
         self.node = node
         self.target = target
@@ -168,9 +179,20 @@ class BackupJob(Job):
         position = offset
         for extent in known:
             if extent.flags & Allocation.ZERO:
-                await self._copy.copy_zeroes(Extent(position, extent.length))
+                await self._copy_zeroes(Extent(position, extent.length))
             position += extent.length
         return Extent(offset, position - offset)
+
+    async def _copy_zeroes(self, area: Extent) -> None:
+        if not self.target.zeroed:
+            whole = area.aligned_in(self._copy.cluster_bytes, self._copy.size)
+            for piece in whole.split(max(ZEROES_BYTES_MAX, self._copy.cluster_bytes)):
+                await self._copy.copy_zeroes(piece)
+            return
+        before = self.current_progress
+        await self._copy.copy_zeroes(area)
+        # Nothing was read or written: a hole of 1 TiB must not hold up what follows it for days.
+        self.account(before - self.current_progress)
 
     def _note_copied(self, length: int) -> None:
         self.progress_add(length)
@@ -189,11 +211,13 @@ class BackupJob(Job):
 
     async def _let_go(self) -> None:
         """Stop keeping the point in time; client writes are no longer held up by this job."""
-        snapshot, self._snapshot = self._snapshot, None
-        if snapshot is not None:
-            await snapshot.drop()
-        filter_, self._filter = self._filter, None
-        if filter_ is not None:
+        # Forgotten only when gone: a job that is cancelled meanwhile comes here again.
+        if self._snapshot is not None:
+            await self._snapshot.drop()
+            self._snapshot = None
+        if self._filter is not None:
             async with drained(self.node):
-                self.node.remove(filter_)
-            await filter_.wait_copies_ended()
+                if self._filter in self.node.filters:
+                    self.node.remove(self._filter)
+            await self._filter.wait_copies_ended()
+            self._filter = None

@@ -196,7 +196,10 @@ class Job(ABC):
     # Verbs: what a user may tell the job.
 
     def cancel(self) -> None:
-        """Stop the job and undo its work; `wait_concluded` tells when that is done."""
+        """Stop the job and undo its work; `wait_concluded` tells when that is done.
+
+        A job that is created only is still in its creator's hands: it aborts when it is started.
+        """
         self._check_verb(JobVerb.CANCEL)
         if self._is_committing:
             raise ConflictError(f"Job '{self.id}' has succeeded already and is being finalized")
@@ -205,9 +208,7 @@ class Job(ABC):
         self._cancel_asked = True
         self._pause_asked = False
         self._leave_pause()
-        if self.status is JobStatus.CREATED:
-            self._spawn(self)
-        elif self._driver is not None:
+        if self._driver is not None:
             self._driver.cancel()
 
     def pause(self) -> None:
@@ -269,10 +270,12 @@ class Job(ABC):
         """Give up a job that was created but will not be started."""
         self._forget(self)
         self._enter(JobStatus.NULL)
+        self._concluded.set()
 
     def begin(self) -> None:
-        """Enter running; `drive` follows in a task."""
-        self._enter(JobStatus.RUNNING)
+        """Enter running, unless the job was cancelled before; `drive` follows in a task."""
+        if not self._cancel_asked:
+            self._enter(JobStatus.RUNNING)
         self._spawn(self)
 
     async def drive(self) -> None:

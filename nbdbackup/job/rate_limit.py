@@ -32,10 +32,13 @@ class RateLimit:
         self._speed = speed
 
     def account(self, length: int) -> None:
-        """`length` bytes are being copied."""
+        """`length` bytes are being copied; a negative `length` gives back what was not, after all.
+
+        Quota of a slice that is over cannot be given back.
+        """
         self._roll()
         if self._speed:
-            self._used_bytes += length
+            self._used_bytes = max(0, self._used_bytes + length)
 
     def delay_s(self) -> float:
         """How long to wait before anything more may be copied; 0: go on."""

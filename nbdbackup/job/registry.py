@@ -25,6 +25,7 @@ class JobRegistry:
         self._jobs: dict[str, Job] = {}
         self._listeners: list[Listener] = []
         self._next_number = 1
+        self._is_closing = False
 
     def __iter__(self) -> Iterator[Job]:
         """The jobs, the oldest first."""
@@ -35,8 +36,10 @@ class JobRegistry:
 
         Raises:
             UsageError: it is not well-formed.
-            ConflictError: there is such a job, or there are too many jobs.
+            ConflictError: there is such a job, there are too many jobs, or the daemon is leaving.
         """
+        if self._is_closing:
+            raise ConflictError("The server is shutting down; no job can be started")
         if len(self._jobs) >= JOBS_MAX:
             raise ConflictError(f"There are {JOBS_MAX} jobs already; dismiss some (job-dismiss)")
         if requested is None:
@@ -51,7 +54,7 @@ class JobRegistry:
         return requested
 
     def add(self, job: Job) -> None:
-        """List `job` as created. `start`, `discard` or `cancel` of the job must follow.
+        """List `job` as created. `start` or `discard` must follow.
 
         Raises:
             UsageError, ConflictError: as `new_id`.
@@ -61,7 +64,7 @@ class JobRegistry:
         job.attach(self._publish, self._spawn, self._forget)
 
     def start(self, job: Job) -> None:
-        """Let a created job run."""
+        """Let a created job run; one that was cancelled meanwhile aborts and cleans up instead."""
         job.begin()
 
     def discard(self, job: Job) -> None:
@@ -85,7 +88,8 @@ class JobRegistry:
         return lambda: self._listeners.remove(listener)
 
     async def cancel_all(self) -> None:
-        """Cancel what can be cancelled and return when every job is over."""
+        """Accept no more jobs, cancel what can be cancelled, and return when every job is over."""
+        self._is_closing = True
         jobs = list(self._jobs.values())
         for job in jobs:
             if job.is_cancellable:

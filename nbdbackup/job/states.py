@@ -1,13 +1,13 @@
 """The states of a job, and what is possible in each: two tables, QEMU's.
 
-    undefined -> created -> running <-> paused
-                    |          |  \\
-                    |          |   ready <-> standby
-                    |          |     |
-                    |          +-----+-> waiting -> pending -> concluded -> null
-                    |          |            |          |           |
-                    |          +-> aborting <----------+           |
-                    +--------> aborting ---------------------------+
+    undefined -> created -> running -> waiting -> pending -> concluded -> null
+                    |       |  ^  |       |          |           ^
+                    |       v  |  |       |          |           |
+                    |      paused |       |          |           |
+                    '-------------'-------'----------'-> aborting
+
+Running can also become ready, and ready be paused (standby), for jobs that have to be told to
+complete. From created a job that is never started goes to null.
 
 Laws: a job changes its state in `Job._enter` alone, which asserts `TRANSITIONS`; a verb
 of a user is looked up in `VERBS` before anything else happens.

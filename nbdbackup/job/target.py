@@ -99,25 +99,31 @@ class NewFileTarget(Target):
             # Not rename: that would replace a file that came into being meanwhile.
             os.link(self.partial, self.path)
         except FileExistsError:
-            raise ConflictError(
-                f"{self.path} came into being while its backup was made, and is left as it is"
-            ) from None
+            raise self._name_taken() from None
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise DeviceError(
                     error.errno or errno.EIO, f"cannot name the backup {self.path}: {error.strerror}"
                 ) from error
+            # No hard links here.
+            if os.path.lexists(self.path):
+                raise self._name_taken() from None
             os.rename(self.partial, self.path)
+            self._named = True
         else:
+            self._named = True
             os.unlink(self.partial)
-        self._named = True
         _sync_directory(os.path.dirname(self.path) or ".")
 
+    def _name_taken(self) -> ConflictError:
+        return ConflictError(f"{self.path} came into being while its backup was made, and is left as it is")
+
     def _remove(self) -> None:
-        try:
-            os.unlink(self.path if self._named else self.partial)
-        except FileNotFoundError:
-            pass
+        for path in (self.path, self.partial) if self._named else (self.partial,):
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
 
 
 async def open_target(path: str, size: int, *, existing: bool) -> Target:

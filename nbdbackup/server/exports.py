@@ -79,7 +79,9 @@ class ExportTable:
 
         Raises:
             ConflictError: there is one of that name.
+            UsageError: its name or description is nothing that can be told to a client.
         """
+        export.info()
         if export.name in self._exports:
             raise ConflictError(f"there is an export called {export.name!r} already")
         self._exports[export.name] = export

@@ -14,14 +14,11 @@ RECEIVE_BYTES = 64 << 10
 
 
 class Handshake:
-    """One client's negotiation on `sock` (connected, non-blocking), at most `timeout_s` long."""
+    """One client's negotiation on `sock` (connected, non-blocking), at most `HANDSHAKE_TIMEOUT_S` long."""
 
-    def __init__(
-        self, sock: socket.socket, catalog: ExportCatalog, timeout_s: float = HANDSHAKE_TIMEOUT_S
-    ) -> None:
+    def __init__(self, sock: socket.socket, catalog: ExportCatalog) -> None:
         # Set once.
         self._sock = sock
-        self._timeout_s = timeout_s
         self._negotiation = ServerNegotiation(catalog)
         # Changes while running.
         self._timeout: asyncio.Timeout | None = None
@@ -44,7 +41,7 @@ class Handshake:
             ProtocolError: the client broke the protocol, or took too long.
             OSError: the connection broke.
         """
-        limit_s = SHUTDOWN_TIMEOUT_S if self._negotiation.shutting_down else self._timeout_s
+        limit_s = SHUTDOWN_TIMEOUT_S if self._negotiation.shutting_down else HANDSHAKE_TIMEOUT_S
         try:
             async with asyncio.timeout(limit_s) as self._timeout:
                 return await self._exchange()
@@ -56,7 +53,7 @@ class Handshake:
         except TimeoutError:
             if self._negotiation.shutting_down:
                 return None
-            raise ProtocolError(f"no export chosen within {self._timeout_s:g} s") from None
+            raise ProtocolError(f"no export chosen within {HANDSHAKE_TIMEOUT_S:g} s") from None
 
     async def _exchange(self) -> tuple[Negotiated, bytes] | None:
         loop = asyncio.get_running_loop()

@@ -19,30 +19,31 @@ AddressRange: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One bound, listening, non-blocking socket."""
+    """One bound, listening, non-blocking socket: TCP at (host, port), or Unix at `path`."""
 
     sock: socket.socket
+    address: tuple[str, int] = ("", 0)
     path: str | None = None
-    """Of a Unix socket, which has one unless it was made without."""
     owns_path: bool = True
     """Whether `path` is removed when the listener is closed."""
 
     def uri(self, export: str = "") -> str:
-        """The NBD URI of `export` here."""
-        if self.sock.family == socket.AF_UNIX:
-            return format_unix(self.path or "", export)
-        host, port = self.sock.getsockname()[:2]
-        return format_tcp(host, port, export)
+        """The NBD URI of `export` here; also what it was, once the listener is closed."""
+        if self.path is not None:
+            return format_unix(self.path, export)
+        return format_tcp(*self.address, export)
 
     @property
     def is_public(self) -> bool:
         """Whether other machines may be able to connect."""
         if self.sock.family == socket.AF_UNIX:
             return False
-        return not ipaddress.ip_address(self.sock.getsockname()[0].partition("%")[0]).is_loopback
+        return not ipaddress.ip_address(self.address[0].partition("%")[0]).is_loopback
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. Once closed, the path is not ours any more: another server may have it."""
+        if self.sock.fileno() < 0:
+            return
         self.sock.close()
         if self.path is not None and self.owns_path:
             try:
@@ -99,7 +100,7 @@ def listen_tcp(host: str, port: int) -> Listener:
     except OSError as error:
         sock.close()
         raise _bind_error(where, error, "choose another with -p, or -p 0 for any free one") from error
-    return Listener(sock)
+    return Listener(sock, address=sock.getsockname()[:2])
 
 
 def listen_unix(path: str) -> Listener:
@@ -119,7 +120,7 @@ def listen_unix(path: str) -> Listener:
         if error.errno is None:
             raise UsageError(f"cannot listen on {path}: the path is too long for a socket") from None
         raise _bind_error(path, error, "choose another path") from error
-    return Listener(sock, path)
+    return Listener(sock, path=path)
 
 
 def adopt(descriptor: int, name: str) -> Listener:
@@ -140,8 +141,11 @@ def adopt(descriptor: int, name: str) -> Listener:
     else:
         sock.setblocking(False)
         sock.set_inheritable(False)
-        path = sock.getsockname() if sock.family == socket.AF_UNIX else None
-        return Listener(sock, path if isinstance(path, str) else None, owns_path=False)
+        name_there = sock.getsockname()
+        if sock.family != socket.AF_UNIX:
+            return Listener(sock, address=name_there[:2])
+        # One in the abstract name space has bytes for its name, and no URI.
+        return Listener(sock, path=name_there if isinstance(name_there, str) else "", owns_path=False)
     sock.detach()
     raise UsageError(f"{what} {problem}")
 

@@ -2,7 +2,7 @@
 
 Whoever can connect is not trusted: what all clients hold in memory has one budget, TCP clients
 must come from an allowed address and are looked after by keepalive, and a handshake has a time limit.
-Being asked to stop has one too: who does not read its last replies is disconnected.
+So has being asked to stop: who does not read its last replies is disconnected.
 """
 
 import asyncio
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 ACCEPT_PAUSE_S = 0.1
 SOCKET_BUFFER_BYTES = 1 << 20
-STOP_TIMEOUT_S = 10.0
-"""After `stop`, a client that does not read its replies, or goes on asking, is disconnected then."""
 KEEPALIVE_IDLE_S = 60
 KEEPALIVE_INTERVAL_S = 15
 KEEPALIVE_PROBES = 4
@@ -54,7 +52,7 @@ class Server:
         self._clients: set[asyncio.Task[None]] = set()
         self._handshakes: set[Handshake] = set()
         self._sessions: set[Session] = set()
-        self._stopping: asyncio.TimerHandle | None = None
+        self._stopping = False
         self.last_client_left = asyncio.Event()
 
     @property
@@ -68,34 +66,29 @@ class Server:
 
     async def run(self) -> None:
         """Accept and serve until `stop`; ends when the last client is gone."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                self._accepting = [
-                    group.create_task(self._accept(group, listener)) for listener in self.listeners
-                ]
-        finally:
-            if self._stopping is not None:
-                self._stopping.cancel()
+        async with asyncio.TaskGroup() as group:
+            self._accepting = [
+                group.create_task(self._accept(group, listener)) for listener in self.listeners
+            ]
 
     def stop(self) -> None:
         """Stop accepting; sessions finish what is in flight and end, negotiating clients are refused."""
+        self._stopping = True
         for accepting in self._accepting:
             accepting.cancel()
-        for listener in self.listeners:
-            listener.close()
         for session in self._sessions:
             session.shut_down()
         for handshake in self._handshakes:
             handshake.shut_down()
-        loop = asyncio.get_running_loop()
-        self._stopping = loop.call_later(STOP_TIMEOUT_S, self._give_up_replies)
-
-    def _give_up_replies(self) -> None:
-        for session in self._sessions:
-            if session.is_dawdling:
-                session.disconnect("the server is stopping and waits only for this client")
 
     async def _accept(self, group: asyncio.TaskGroup, listener: Listener) -> None:
+        try:
+            await self._accept_for_ever(group, listener)
+        finally:
+            # Here, and not in `stop`: the event loop must have let go of the socket first.
+            listener.close()
+
+    async def _accept_for_ever(self, group: asyncio.TaskGroup, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
         while True:
             if self._slots is not None:
@@ -148,9 +141,11 @@ class Server:
         handshake = Handshake(sock, self.exports)
         self._handshakes.add(handshake)
         try:
-            if self._stopping is not None:
+            if self._stopping:
                 handshake.shut_down()
             agreed = await handshake.run()
+        except ConnectionError:
+            agreed = None  # a probe, most likely: it did not wait for our greeting
         finally:
             self._handshakes.discard(handshake)
         if agreed is None:
@@ -162,7 +157,7 @@ class Server:
         logger.info("client %s uses export %s", peer, export.name)
         self._sessions.add(session)
         try:
-            if self._stopping is not None:
+            if self._stopping:
                 session.shut_down()
             await session.run(leftover)
         finally:
@@ -177,6 +172,7 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A client whose machine has died says nothing; without this its session would stay for ever.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)

@@ -42,6 +42,8 @@ BYTES_MAX = 16 << 20
 INLINE_READ_BYTES_MAX = 1 << 20
 TURN_BYTES_MAX = 4 << 20
 TURN_REQUESTS_MAX = 512
+SHUTDOWN_TIMEOUT_S = 10.0
+"""How long a client may leave replies unread, or go on asking, once the server wants to end."""
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -53,8 +55,13 @@ class Session:
     """Serves `export` on `sock` (connected, non-blocking) until the client leaves or must go."""
 
     def __init__(
-        self, sock: socket.socket, export: Export, negotiated: Negotiated, budget: SharedBudget
+        self,
+        sock: socket.socket,
+        export: Export,
+        negotiated: Negotiated,
+        budget: SharedBudget | None = None,
     ) -> None:
+        """Without `budget` it has one of its own."""
         # Set once.
         self._sock = sock
         self._loop = asyncio.get_running_loop()
@@ -62,7 +69,7 @@ class Session:
         self._device = export.node
         self._protocol = Transmission(negotiated)
         self._head_bytes = self._protocol.request_bytes
-        self._budget = budget
+        self._budget = SharedBudget() if budget is None else budget
         self._tasks: asyncio.TaskGroup
         # Changing while running.
         self._received = ReceiveBuffer()
@@ -74,12 +81,15 @@ class Session:
         self._lacks_room = False
         self.last_progress = self._loop.time()
         self._no_more_requests = False
+        self._was_told_goodbye = False
         self._stream_ended = False
         self._shutting_down = False
         self._over: asyncio.Future[BaseException | None] = self._loop.create_future()
         self._is_reading = False
         self._is_writing = False
         self._turn_scheduled = False
+        self._patience: asyncio.TimerHandle | None = None
+        self._is_patient = True
 
     async def run(self, leftover: bytes) -> None:
         """Serve; `leftover` was received behind the negotiation.
@@ -97,11 +107,14 @@ class Session:
                 self._schedule_turn()
                 failure = await self._over
                 self._watch(reading=False, writing=False)
-                if failure is not None:
+                # Who said DISC was promised that everything is finished, answered or not.
+                if failure is not None and not self._was_told_goodbye:
                     for task in self._in_flight:
                         task.cancel()
         finally:
             self._watch(reading=False, writing=False)
+            if self._patience is not None:
+                self._patience.cancel()
             self._export.clients.discard(self)
             self._budget.leave(self)
             if not self._over.done():
@@ -112,20 +125,24 @@ class Session:
     def shut_down(self) -> None:
         """Finish what is in flight, answer what else arrives meanwhile with ESHUTDOWN, and end."""
         self._shutting_down = True
+        self._patience = self._loop.call_later(SHUTDOWN_TIMEOUT_S, self._lose_patience)
         self._schedule_turn()
 
     def disconnect(self, reason: str) -> None:
-        """End now: requests in flight are finished but not answered."""
+        """End now: what the device is doing is finished, but nothing more is answered."""
         self._end(ConnectionAbortedError(reason))
-
-    @property
-    def is_dawdling(self) -> bool:
-        """Whether only the client keeps it from ending on the way down."""
-        return self._replies.is_blocked or not self._in_flight
 
     def wake(self) -> None:
         """The shared budget has room again."""
         self._schedule_turn()
+
+    def _lose_patience(self) -> None:
+        """Whoever does not read its replies must not keep the server from ending; a slow device may."""
+        self._is_patient = False
+        if self._replies.is_blocked:
+            self.disconnect("it does not read its replies, and the server is shutting down")
+        else:
+            self._patience = self._loop.call_later(SHUTDOWN_TIMEOUT_S, self._lose_patience)
 
     # Turns: whatever happens (bytes arrive, the socket takes more, a task ends) leads to one.
 
@@ -184,7 +201,8 @@ class Session:
         if not self._in_flight and self._replies.is_empty and not is_paused and not self._turn_scheduled:
             # On the way down, what has arrived is answered first: to close a socket with bytes in it
             # would take away answers that the client has not read yet.
-            if self._shutting_down and not self._no_more_requests and self._receive():
+            may_receive = self._shutting_down and self._is_patient and not self._no_more_requests
+            if may_receive and self._receive():
                 self._schedule_turn()
             elif self._shutting_down or self._no_more_requests:
                 self._end(None)
@@ -209,6 +227,7 @@ class Session:
     def _end(self, failure: BaseException | None) -> None:
         if not self._over.done():
             self._over.set_result(failure)
+            self._watch(reading=False, writing=False)
 
     # Serving.
 
@@ -280,7 +299,7 @@ class Session:
         """Answer a request without payload at once, or start its task."""
         refusal = self._check(request)
         if request.command == Command.DISC:
-            self._no_more_requests = True
+            self._no_more_requests = self._was_told_goodbye = True
         elif refusal is not None:
             self._replies.put(self._protocol.reply_error(request, refusal))
         elif request.command == _BLOCK_STATUS:

@@ -92,7 +92,7 @@ def test_a_sparse_image_past_a_tebibyte_is_viewed_and_backed_up_sparse(
     server.cli("backup", "disk", str(pushed))
     assert pushed.stat().st_size == size
     assert allocated_bytes(pushed) < 4 * MIB
-    info = json.loads(run(require("nbdinfo"), "--json", server.uri("disk@s")))
+    info = json.loads(run(require("nbdinfo"), "--json", "--no-content", server.uri("disk@s")))
     assert info["exports"][0]["export-size"] == size
     with pushed.open("rb") as file:
         assert file.read(4) == b"head"

@@ -13,7 +13,7 @@ import asyncio
 import struct
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,3 +239,5 @@ async def connected(
         yield client
     finally:
         writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()

@@ -1,6 +1,8 @@
 """Running foreign programs in tests, with a limit on every wait."""
 
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 RUN_TIMEOUT_S = 110.0
@@ -23,3 +25,11 @@ def attempt(*command: str | Path, timeout_s: float = RUN_TIMEOUT_S) -> subproces
         timeout=timeout_s,
         check=False,
     )
+
+
+def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    """Look again and again until `holds()`, for what another process does without telling; else fail."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)

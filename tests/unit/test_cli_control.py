@@ -1,7 +1,13 @@
 """Commands that talk to a server: what they ask, what they print, how they fail."""
 
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +37,17 @@ NODE = {
     "ro": False,
     "image": {"virtual-size": 1 << 30},
 }
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGHUP have their usual effect, also where the tests run in the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -249,6 +266,26 @@ def test_post_hook_runs_when_the_snapshot_fails(socket_path: Path, tmp_path: Pat
     assert (tmp_path / "log").read_text().splitlines() == ["pre a ", "post a failed"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_post_hook_runs_when_the_command_is_interrupted(
+    socket_path: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    release = threading.Event()
+
+    def create(connection: Connection, arguments: Arguments) -> object:
+        os.kill(os.getpid(), number)
+        release.wait(30)
+        return [SNAPSHOT]
+
+    hooks = ["--pre-hook", hook(tmp_path, "pre"), "--post-hook", hook(tmp_path, "post")]
+    with fake_qmp(socket_path, x_nbdbackup_snapshot_create=create):
+        try:
+            assert main(["snapshot", "create", "a", *hooks]) == 130
+        finally:
+            release.set()
+    assert (tmp_path / "log").read_text().splitlines() == ["pre a ", "post a failed"]
+
+
 def test_failing_post_hook_is_a_failure_that_says_the_snapshot_exists(
     socket_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,3 +359,6 @@ def test_completion_knows_every_verb(capsys: pytest.CaptureFixture[str], shell: 
     script = capsys.readouterr().out
     assert "snapshot" in script
     assert "--on-cbw-error" in script
+    interpreter = shutil.which(shell)
+    if interpreter is not None:
+        subprocess.run([interpreter, "-n"], input=script, text=True, check=True, timeout=30)

@@ -4,12 +4,24 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdbackup.cli.main import main
 from tests.support.fake_qmp import Arguments, Connection, constant, fake_qmp, refusal
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGHUP have their usual effect, also where the tests run in the background."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -118,6 +130,30 @@ def test_failed_job_exits_with_1_and_says_why(
     )
 
 
+def test_end_is_the_jobs_own_also_when_it_was_told_long_before_the_job_is_gone(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob(polls=1000)
+    data: dict[str, object] = {"type": "backup", "len": 100, "offset": 100, "speed": 0}
+    queried = 0
+
+    def query(connection: Connection, arguments: Arguments) -> object:
+        nonlocal queried
+        queried += 1
+        if queried == 1:
+            connection.event("BLOCK_JOB_COMPLETED", device="other", error="not ours", **data)
+            connection.event("BLOCK_JOB_COMPLETED", device="j", **data)
+            connection.event("BLOCK_JOB_COMPLETED", device="other", error="not ours", **data)
+            connection.status("other", "concluded")
+        if queried < 4:
+            return job.query(connection, arguments)
+        return []
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=query):
+        assert main(["backup", "disk", "/t"]) == 0
+    assert "complete" in capsys.readouterr().out
+
+
 def test_json_tells_the_end_on_standard_output_alone(
     socket_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +232,31 @@ def test_interrupt_without_a_terminal_cancels_the_job(
         assert main(["backup", "disk", "/t"]) == 130
     assert job.cancelled
     assert "the backup of disk was cancelled; /t was not made" in capsys.readouterr().err
+
+
+def test_ignored_interrupt_stays_ignored(socket_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    job = FakeJob()
+
+    def start(connection: Connection, arguments: Arguments) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return job.start(connection, arguments)
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=start, query_jobs=job.query, job_cancel=job.cancel):
+        assert main(["backup", "disk", "/t"]) == 0
+    assert not job.cancelled
+
+
+def test_closed_terminal_leaves_the_job_alone(socket_path: Path) -> None:
+    job = FakeJob(polls=1000)
+
+    def query(connection: Connection, arguments: Arguments) -> object:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return job.query(connection, arguments)
+
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=query, job_cancel=job.cancel):
+        assert main(["backup", "disk", "/t"]) == 130
+    assert not job.cancelled
 
 
 def test_interrupt_while_the_server_starts_the_job_cancels_it(socket_path: Path) -> None:

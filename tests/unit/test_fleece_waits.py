@@ -5,19 +5,22 @@ one wait taken out; then it must end in `NewerData`, or the wait proves nothing.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from nbdbackup.block.node import Node
 from nbdbackup.extents import Extent
 from nbdbackup.fleece import snapshots
-from nbdbackup.fleece.copy_before_write import CopyBeforeWrite
-from nbdbackup.fleece.request_list import RequestList
-from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, take_snapshots
 from tests.support.fleecing import CLUSTER, SIZE, Disk, end, open_all_gates, start
 from tests.support.gated import PendingOp, settle
+from tests.support.mutations import (
+    Mutation,
+    without_common_instant,
+    without_copy_wait,
+    without_drain,
+    without_frozen_read_wait,
+    without_retry,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -157,55 +160,6 @@ async def write_waits_for_a_failing_copy() -> None:
 
 
 Scenario = Callable[[], Awaitable[None]]
-Mutation = Callable[[pytest.MonkeyPatch], None]
-
-
-def without_frozen_read_wait(patch: pytest.MonkeyPatch) -> None:
-    """Client writes don't wait for frozen reads."""
-
-    async def save(self: CopyBeforeWrite, area: Extent) -> None:
-        await self._wait_copied(area)
-
-    patch.setattr(CopyBeforeWrite, "_save", save)
-
-
-def without_drain(patch: pytest.MonkeyPatch) -> None:
-    """Snapshots are taken with writes in flight."""
-
-    @asynccontextmanager
-    async def at_once(*nodes: Node) -> AsyncIterator[None]:
-        del nodes
-        yield
-
-    patch.setattr(snapshots, "drained", at_once)
-    patch.setattr(Node, "is_drained", True)
-
-
-def without_common_instant(patch: pytest.MonkeyPatch) -> None:
-    """Each node is drained for its own snapshot alone."""
-
-    async def take_in_turn(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
-        return [(await take_snapshots([plan]))[0] for plan in plans]
-
-    patch.setattr(snapshots, "take_snapshots", take_in_turn)
-
-
-def without_copy_wait(patch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a copy that somebody else has begun."""
-
-    patch.setattr(RequestList, "find_conflict", lambda self, area: None)
-
-
-def without_retry(patch: pytest.MonkeyPatch) -> None:
-    """Who waited for a copy believes that it succeeded."""
-
-    async def save(self: CopyBeforeWrite, area: Extent) -> None:
-        if self.block_copy.in_flight.find_conflict(area) is not None:
-            await self.block_copy.in_flight.wait_no_conflict(area)
-        else:
-            await self.block_copy.copy(area)
-
-    patch.setattr(CopyBeforeWrite, "_save", save)
 
 
 CASES = [

@@ -297,9 +297,24 @@ async def test_cancel_of_a_created_job_never_runs_it() -> None:
         job = ScriptedJob()
         registry.add(job)
         job.cancel()
+        await settle()
+        assert job.status is JobStatus.CREATED
+        registry.start(job)
         await _concluded(job)
         assert job.calls == ["abort", "clean"]
+        assert job.error == CANCELLED_TEXT
         assert log.summary == ["created", *CANCELLED[2:]]
+
+
+async def test_cancelled_job_whose_creation_fails_is_only_forgotten() -> None:
+    async with job_registry() as (registry, log):
+        job = ScriptedJob()
+        registry.add(job)
+        job.cancel()
+        registry.discard(job)
+        await _concluded(job)
+        assert job.calls == []
+        assert log.summary == ["created", "null"]
 
 
 async def test_cancel_is_refused_once_the_job_commits() -> None:
@@ -434,6 +449,12 @@ async def test_cancel_all_returns_when_every_job_is_over() -> None:
         registry.start(jobs[2])
         jobs[2].step()
         await settle()
-        await registry.cancel_all()
+        async with asyncio.TaskGroup() as tasks:
+            over = tasks.create_task(registry.cancel_all())
+            await settle()
+            assert not over.done()
+            registry.start(jobs[1])
         assert [job.error for job in jobs] == [CANCELLED_TEXT] * 3
         assert [job.calls[-1] for job in jobs] == ["clean"] * 3
+        with pytest.raises(ConflictError, match="shutting down"):
+            registry.add(ScriptedJob("late"))

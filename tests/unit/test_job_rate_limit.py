@@ -58,6 +58,18 @@ def test_unused_quota_is_not_saved_up(clock: Clock) -> None:
     assert limit.delay_s() == pytest.approx(0.1)
 
 
+def test_what_is_given_back_after_its_slice_is_no_credit(clock: Clock) -> None:
+    limit = RateLimit(1000, clock)
+    limit.account(50)
+    limit.account(-20)
+    limit.account(69)
+    assert limit.delay_s() == 0
+    clock.now_s += 10
+    limit.account(-5000)
+    limit.account(100)
+    assert limit.delay_s() == pytest.approx(0.1)
+
+
 def test_long_run_keeps_the_rate(clock: Clock) -> None:
     limit = RateLimit(1_000_000, clock)
     start_s, done_bytes = clock.now_s, 0

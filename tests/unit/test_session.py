@@ -1,553 +1,448 @@
-"""A client's requests, from bytes to bytes; a number in a name is that of the conformance list."""
+"""A session's requests and replies, over a socket pair: what is asked is done, and answered once."""
 
 import asyncio
 import errno
-import os
-import random
-import struct
-from collections import Counter
+import itertools
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from nbdbackup.block.device import BlockDevice
-from nbdbackup.block.file import FileDevice
+from nbdbackup.block.device import ReadableBuffer, WritableBuffer
+from nbdbackup.block.filter import FilterDevice
 from nbdbackup.block.memory import MemoryDevice
-from nbdbackup.block.node import Node
-from nbdbackup.errors import DeviceError
-from nbdbackup.extents import ContextExtent
-from nbdbackup.server.exports import Export, ExportTable
-from nbdbackup.server.server import Server
-from nbdbackup.server.session import REQUESTS_MAX
-from tests.support import nbd_wire as wire
-from tests.support.faults import FaultyDevice
-from tests.support.gated import GatedDevice
-from tests.support.nbd_session import (
-    BLOCK_STATUS,
-    CACHE,
-    DF,
-    DISC,
-    EINVAL,
-    EIO,
-    ENOSPC,
-    EPERM,
-    ESHUTDOWN,
-    FLUSH,
-    FUA,
-    LIMIT_S,
-    NONE,
-    OFFSET_DATA,
-    OFFSET_HOLE,
-    PAYLOAD_LEN,
-    READ,
-    REQ_ONE,
-    STATUS,
-    STATUS_EXT,
-    TRIM,
-    WRITE,
-    WRITE_ZEROES,
-    connected,
-    serving,
-)
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-BASE, DEPTH = "base:allocation", "qemu:allocation-depth"
-SIMPLE: tuple[int, ...] = ()
-STRUCTURED = (wire.STRUCTURED_REPLY,)
-EXTENDED = (wire.EXTENDED_HEADERS,)
-ALL = [SIMPLE, STRUCTURED, EXTENDED]
-CHUNKED = [STRUCTURED, EXTENDED]
-names = ["simple", "structured", "extended"]
-
-every_style = pytest.mark.parametrize("style", ALL, ids=names)
-chunked_styles = pytest.mark.parametrize("style", CHUNKED, ids=names[1:])
-
-
-class Bits:
-    """A made-up context: the status of a byte is `value` in the second quarter of what is asked for."""
-
-    def __init__(self, value: int = 1, is_wide: bool = False) -> None:
-        self.value = value
-        self.is_wide = is_wide
-        self.gone = False
-
-    async def status(self, offset: int, length: int) -> list[ContextExtent]:
-        if self.gone:
-            raise DeviceError(errno.EIO, "the bitmap was removed")
-        quarter = length // 4
-        return [ContextExtent(quarter, 0), ContextExtent(quarter, self.value), ContextExtent(length // 2, 0)]
-
-
-def table(device: BlockDevice, read_only: bool = False) -> ExportTable:
-    exports = ExportTable()
-    exports.add(Export("disk", Node("disk", device), read_only=read_only))
-    return exports
-
-
-@pytest.fixture
-async def memory() -> MemoryDevice:
-    device = MemoryDevice(MIB)
-    device.data[:] = random.Random(1).randbytes(MIB)
-    return device
-
-
-@pytest.fixture
-async def server(memory: MemoryDevice) -> AsyncIterator[Server]:
-    async with serving(table(memory)) as made:
-        yield made
-
-
-# The same in all three styles.
-
-
-@every_style
-async def test_48_reads_and_writes_are_the_same_in_every_style(
-    server: Server, memory: MemoryDevice, style: tuple[int, ...]
-) -> None:
-    async with connected(server, style) as client:
-        for offset, length in ((0, 1), (4095, 4098), (1, 200_000), (0, MIB)):
-            data = random.Random(offset).randbytes(length)
-            answer = await client.call(WRITE, offset, length, data=data)
-            assert answer.error == 0
-            assert bytes(memory.data[offset : offset + length]) == data
-            answer = await client.call(READ, offset, length)
-            assert answer.data(offset, length) == data
-            assert answer.offsets <= {offset}
-
-
-@every_style
-@pytest.mark.parametrize("command", [FLUSH, TRIM, CACHE, WRITE_ZEROES])
-async def test_48_61_success_without_data_is_one_message(
-    server: Server, style: tuple[int, ...], command: int
-) -> None:
-    async with connected(server, style) as client:
-        answer = await client.call(command, 0, 0 if command == FLUSH else 4096)
-        assert answer.error == 0
-        assert answer.kinds == ([NONE] if client.extended else [])
-
-
-@every_style
-async def test_67_payload_of_a_rejected_write_is_consumed(server: Server, style: tuple[int, ...]) -> None:
-    async with connected(server, style) as client:
-        for length in (1, 4096, 100_000, 5 * MIB):
-            answer = await client.call(WRITE, MIB - 1, length + 1, data=bytes(length + 1))
-            assert answer.error == ENOSPC
-            assert (await client.call(READ, 0, 512)).error == 0
-
-
-@every_style
-@pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS])
-async def test_66_length_zero_does_not_disconnect(
-    server: Server, style: tuple[int, ...], command: int
-) -> None:
-    async with connected(server, style) as client:
-        answer = await client.call(command, 0, 0)
-        assert answer.error in (0, EINVAL)
-        assert (await client.call(READ, 0, 512)).error == 0
-
-
-@every_style
-async def test_79_read_only_export_takes_no_write(memory: MemoryDevice, style: tuple[int, ...]) -> None:
-    async with serving(table(memory, read_only=True)) as server, connected(server, style) as client:
-        for command in (WRITE, WRITE_ZEROES, TRIM):
-            data = bytes(512) if command == WRITE else b""
-            assert (await client.call(command, 0, 512, data=data)).error == EPERM
-
-
-async def test_85_flush_reaches_the_device_after_the_write_it_was_told_of(memory: MemoryDevice) -> None:
-    device = FaultyDevice(memory)
-    async with serving(table(device)) as server, connected(server) as client:
-        assert (await client.call(WRITE, 0, 512, data=bytes(512))).error == 0
-        assert (await client.call(FLUSH)).error == 0
-        assert [operation.kind for operation in device.operations] == ["write", "flush"]
-
-
-@every_style
-async def test_86_disconnect_answers_what_is_outstanding(
-    memory: MemoryDevice, style: tuple[int, ...]
-) -> None:
-    gate = GatedDevice(memory, kinds={"read"})
-    async with serving(table(gate)) as server, connected(server, style) as client:
-        for cookie in range(3):
-            await client.request(READ, cookie, cookie * 512, 512)
-        await client.request(DISC, 9)
-        await gate.wait_pending("read", 1024)
-        for cookie in range(3):
-            gate.release(await gate.wait_pending("read", cookie * 512))
-            assert (await client.reply(cookie, 512)).error == 0
-        assert await client.ended() == b""
-
-
-async def test_57_flush_on_one_connection_covers_writes_of_all(tmp_path: Path) -> None:
-    synced: list[bytes] = []
-
-    class Recorded(MemoryDevice):
-        async def flush(self) -> None:
-            synced.append(bytes(self.data[:512]))
-
-    async with (
-        serving(table(Recorded(MIB))) as server,
-        connected(server, EXTENDED) as one,
-        connected(server) as other,
-    ):
-        assert one.flags & other.flags & (1 << 8)
-        assert (await one.call(WRITE, 0, 512, data=b"w" * 512)).error == 0
-        assert (await other.call(FLUSH)).error == 0
-    assert synced == [b"w" * 512]
-
-
-# Extended headers.
-
-
-async def test_46_extended_headers_go_without_structured_replies(server: Server) -> None:
-    async with connected(server, EXTENDED, contexts=[BASE]) as client:
-        assert (await client.call(BLOCK_STATUS, 0, MIB)).kinds == [STATUS_EXT]
-
-
-async def test_48_compact_request_after_extended_headers_disconnects(server: Server) -> None:
-    async with connected(server, EXTENDED) as client:
-        await client.send(struct.pack(">IHHQQQ", 0x25609513, 0, READ, 1, 0, 512))
-        assert await client.ended() == b""
-
-
-async def test_49_write_goes_with_payload_len_and_without(server: Server, memory: MemoryDevice) -> None:
-    async with connected(server, EXTENDED) as client:
-        for flags in (0, PAYLOAD_LEN, PAYLOAD_LEN | FUA):
-            for length in (3, 300_000):
-                data = random.Random(flags + length).randbytes(length)
-                assert (await client.call(WRITE, 7, length, flags, data)).error == 0
-                assert bytes(memory.data[7 : 7 + length]) == data
-
-
-@pytest.mark.parametrize("command", [READ, FLUSH, TRIM, CACHE, WRITE_ZEROES, 8, 99])
-@pytest.mark.parametrize("length", [1, 5000, 3 * MIB])
-async def test_49_payload_of_another_command_is_consumed_and_invalid(
-    server: Server, command: int, length: int
-) -> None:
-    async with connected(server, EXTENDED) as client:
-        answer = await client.call(command, 0, length, PAYLOAD_LEN, b"p" * length)
-        assert answer.error == EINVAL
-        assert (await client.call(READ, 0, 512)).error == 0
-
-
-async def test_49_without_extended_headers_payload_len_is_an_unknown_flag(server: Server) -> None:
-    async with connected(server, STRUCTURED) as client:
-        assert (await client.call(READ, 0, 512, PAYLOAD_LEN)).error == EINVAL
-        assert (await client.call(READ, 0, 512)).error == 0
-
-
-@pytest.mark.parametrize(("command", "flags"), [(WRITE, 0), (WRITE, PAYLOAD_LEN), (TRIM, PAYLOAD_LEN)])
-@pytest.mark.parametrize("length", [64 * MIB + 1, 1 << 40, (1 << 64) - 1])
-async def test_50_payload_over_the_limit_disconnects(
-    server: Server, command: int, flags: int, length: int
-) -> None:
-    async with connected(server, EXTENDED) as client:
-        await client.request(command, 1, 0, length, flags)
-        assert await client.ended() == b""
-
-
-async def test_51_73_ranges_of_64_bits_are_done_in_one_request(tmp_path: Path) -> None:
-    size = 1 << 45  # more than it has
-    device = FileDevice.create(str(tmp_path / "huge.img"), 10 * GIB)
-    await device.write(9 * GIB, b"x" * 4096)
-    async with serving(table(device)) as server, connected(server, EXTENDED, contexts=[BASE]) as client:
-        (extents,) = (await client.call(BLOCK_STATUS, 0, 10 * GIB)).status().values()
-        assert extents[0] == (9 * GIB, 3)
-        assert sum(length for length, _ in extents) == 10 * GIB
-        for command in (WRITE_ZEROES, TRIM, CACHE):
-            assert (await client.call(command, 4096, 10 * GIB - 4096)).error == 0
-        (extents,) = (await client.call(BLOCK_STATUS, 0, 10 * GIB)).status().values()
-        assert extents == [(10 * GIB, 3)]
-        for command in (WRITE_ZEROES, TRIM, CACHE, BLOCK_STATUS):
-            expected = ENOSPC if command == WRITE_ZEROES else EINVAL
-            assert (await client.call(command, 1, size)).error == expected
-            assert (await client.call(command, (1 << 64) - 1, (1 << 64) - 1)).error == expected
-    await device.close()
-
-
-@chunked_styles
-async def test_69_trim_of_almost_4_gib_is_done(tmp_path: Path, style: tuple[int, ...]) -> None:
-    device = FileDevice.create(str(tmp_path / "d.img"), 5 * GIB)
-    await device.write(4 * GIB - 8192, b"x" * 8192)
-    async with serving(table(device)) as server, connected(server, style) as client:
-        assert (await client.call(TRIM, 0, 4 * GIB - 512)).error == 0
-        answer = await client.call(READ, 4 * GIB - 8192, 8192)
-        assert answer.data(4 * GIB - 8192, 8192) == bytes(8192 - 512) + b"x" * 512
-    await device.close()
-
-
-async def test_48_60_64_extended_errors_have_text_and_the_offset_of_their_request(server: Server) -> None:
-    async with connected(server, EXTENDED) as client:
-        answer = await client.call(READ, MIB, 512)
-        assert (answer.error, answer.offsets, answer.kinds) == (EINVAL, {MIB}, [])
-        assert "past the end" in answer.text
-
-
-# Meta contexts.
-
-
-@chunked_styles
-async def test_74_90_several_contexts_answer_each_in_a_chunk(
-    memory: MemoryDevice, style: tuple[int, ...]
-) -> None:
-    exports = table(memory)
-    exports.get("disk").contexts.add("qemu:dirty-bitmap:b", Bits())
-    async with serving(exports) as server, connected(server, style, None) as client:
-        ids = await client.set_contexts("disk", BASE, DEPTH, "qemu:dirty-bitmap:b")
-        await client.go("disk")
-        answer = await client.call(BLOCK_STATUS, 0, MIB)
-        assert set(answer.kinds) == {STATUS_EXT if client.extended else STATUS}
-        assert answer.status() == {
-            ids[BASE]: [(MIB, 0)],
-            ids[DEPTH]: [(MIB, 1)],
-            ids["qemu:dirty-bitmap:b"]: [(MIB // 4, 0), (MIB // 4, 1), (MIB // 2, 0)],
-        }
-
-
-async def test_41_89_wildcards_list_the_contexts_below_them(memory: MemoryDevice) -> None:
-    exports = table(memory)
-    for name in ("b0", "b1"):
-        exports.get("disk").contexts.add(f"qemu:dirty-bitmap:{name}", Bits())
-    bitmaps = ["qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:b1"]
-    async with serving(exports) as server, connected(server, STRUCTURED, None) as client:
-        for query, expected in (
-            ([], [BASE, DEPTH, *bitmaps]),
-            (["base:"], [BASE]),
-            (["qemu:"], [DEPTH, *bitmaps]),
-            (["qemu:dirty-bitmap:"], bitmaps),
-            (["qemu:dirty-bitmap:b1", "x:", "nonsense"], bitmaps[1:]),
-        ):
-            answers = await client.option(wire.LIST_META_CONTEXT, wire.meta_payload("disk", query))
-            assert [answer.payload[4:].decode() for answer in answers[:-1]] == expected
-
-
-async def test_53_wide_context_is_for_extended_headers_only(memory: MemoryDevice) -> None:
-    exports = table(memory)
-    exports.get("disk").contexts.add("x:wide", Bits(value=1 << 40, is_wide=True))
-    async with serving(exports) as server:
-        async with connected(server, STRUCTURED, None) as client:
-            assert await client.set_contexts("disk", "x:wide", BASE) == {BASE: 1}
-        async with connected(server, EXTENDED, None) as client:
-            ids = await client.set_contexts("disk", "x:wide", BASE)
-            await client.go("disk")
-            found = (await client.call(BLOCK_STATUS, 0, MIB)).status()
-            assert found[ids["x:wide"]][1] == (MIB // 4, 1 << 40)
-            assert found[ids[BASE]] == [(MIB, 0)]
-
-
-@chunked_styles
-async def test_74_req_one_gets_exactly_one_extent_not_longer_than_asked(
-    memory: MemoryDevice, style: tuple[int, ...]
-) -> None:
-    exports = table(memory)
-    exports.get("disk").contexts.add("x:bits", Bits())
-    async with serving(exports) as server, connected(server, style, None) as client:
-        ids = await client.set_contexts("disk", "x:bits", BASE)
-        await client.go("disk")
-        found = (await client.call(BLOCK_STATUS, 512, 4096, REQ_ONE)).status()
-        assert found == {ids["x:bits"]: [(1024, 0)], ids[BASE]: [(4096, 0)]}
-
-
-async def test_75_block_status_without_context_or_past_the_end_is_invalid(server: Server) -> None:
-    async with connected(server, STRUCTURED) as client:
-        assert (await client.call(BLOCK_STATUS, 0, 512)).error == EINVAL
-    async with connected(server, STRUCTURED, contexts=[BASE]) as client:
-        assert (await client.call(BLOCK_STATUS, MIB - 1, 2)).error == EINVAL
-
-
-@pytest.mark.parametrize("how", ["removed from the table", "failing"])
-async def test_context_that_vanishes_is_an_error_for_its_clients_and_no_other(
-    memory: MemoryDevice, how: str
-) -> None:
-    exports = table(memory)
-    contexts, bits = exports.get("disk").contexts, Bits()
-    contexts.add("x:bits", bits)
-    async with (
-        serving(exports) as server,
-        connected(server, EXTENDED, contexts=["x:bits"]) as one,
-        connected(server, EXTENDED, contexts=[BASE]) as other,
-    ):
-        assert (await one.call(BLOCK_STATUS, 0, MIB)).error == 0
-        if how == "failing":
-            bits.gone = True
-        else:
-            contexts.remove("x:bits")
-        assert (await one.call(BLOCK_STATUS, 0, MIB)).error in (EIO, EINVAL)
-        assert (await other.call(BLOCK_STATUS, 0, MIB)).error == 0
-
-
-def query(length: int, *ids: int) -> bytes:
-    return struct.pack(f">Q{len(ids)}I", length, *ids)
-
-
-async def test_52_block_status_with_payload_answers_for_the_named_contexts_only(server: Server) -> None:
-    async with connected(server, EXTENDED, None) as client:
-        ids = await client.set_contexts("disk", BASE, DEPTH)
-        await client.go("disk")
-        assert client.flags & (1 << 12), "BLOCK_STATUS_PAYLOAD is not advertised"
-        payload = query(MIB // 2, ids[DEPTH])
-        answer = await client.call(BLOCK_STATUS, 512, len(payload), PAYLOAD_LEN, payload)
-        assert answer.status() == {ids[DEPTH]: [(MIB // 2, 1)]}
-
-
+from nbdbackup.extents import Allocation, Extent, StatusExtent
+from nbdbackup.nbd.client import encode_request
+from nbdbackup.nbd.constants import Command, CommandFlags, Errno
+from nbdbackup.server.session import BYTES_MAX, REQUESTS_MAX, TURN_BYTES_MAX, TURN_REQUESTS_MAX
+from tests.support.faults import FaultyDevice, Operation
+from tests.support.fleecing import make_gate, noise, open_all_gates
+from tests.support.gated import settle
+from tests.support.sessions import CONTEXT_ID, Client, Served, export_of, serving, wait_until
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 4 * MIB
+STRUCTURED = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+
+
+@pytest.fixture(autouse=True)
+async def _gates_are_opened() -> AsyncIterator[None]:
+    yield
+    await open_all_gates()
+
+
+class Recorder(FilterDevice):
+    """Notes the calls whose flags matter, and forwards them."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        super().__init__(MemoryDevice(size))
+        self.calls: list[tuple[object, ...]] = []
+
+    async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
+        self.calls.append(("write", offset, len(data), fua))
+        await super().write(offset, data, fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, may_unmap: bool = True, fast: bool = False, fua: bool = False
+    ) -> None:
+        self.calls.append(("write_zeroes", offset, length, may_unmap, fast, fua))
+        await super().write_zeroes(offset, length, may_unmap, fast, fua)
+
+    async def trim(self, offset: int, length: int, fua: bool = False) -> None:
+        self.calls.append(("trim", offset, length, fua))
+        await super().trim(offset, length, fua)
+
+    async def flush(self) -> None:
+        self.calls.append(("flush",))
+        await super().flush()
+
+    async def cache(self, offset: int, length: int) -> None:
+        self.calls.append(("cache", offset, length))
+        await super().cache(offset, length)
+
+
+def full_memory(size: int = SIZE) -> MemoryDevice:
+    memory = MemoryDevice(size)
+    pattern = noise(4099)
+    memory.data[:] = (pattern * (size // len(pattern) + 1))[:size]
+    return memory
+
+
+def compose_everything(client: Client) -> bytes:
+    """One request of every kind, refused ones among them, in one string of bytes."""
+    compose, flags = client.compose, CommandFlags
+    return b"".join(
+        [
+            compose(Command.READ, 1, 513),
+            compose(Command.WRITE, 100, data=b"w" * 1000),
+            compose(Command.READ, 0, 4096),
+            compose(Command.WRITE, SIZE - 1, data=b"too long"),  # refused, its payload consumed
+            compose(Command.READ, SIZE, 1),
+            compose(Command.WRITE, 5000, data=b"f" * 700, flags=flags.FUA),
+            compose(Command.FLUSH),
+            compose(Command.FLUSH, 1, 1),
+            compose(Command.WRITE_ZEROES, 8192, 4096, flags=flags.NO_HOLE | flags.FAST_ZERO),
+            compose(Command.TRIM, 16384, 4096, flags=flags.FUA),
+            compose(Command.CACHE, 0, SIZE),
+            compose(Command.READ, 0, 0),
+            compose(Command.WRITE, 300 * KIB, data=noise(200 * KIB)),  # longer than is waited for as a whole
+            compose(Command.WRITE, SIZE, data=noise(100 * KIB)),  # refused, and longer
+            compose(Command.WRITE, 600 * KIB, data=noise(100 * KIB), flags=flags.FUA),
+            compose(Command.READ, 299 * KIB, 202 * KIB),
+        ]
+    )
+
+
+def expected_errors() -> dict[int, int]:
+    refused = {4: Errno.ENOSPC, 5: Errno.EINVAL, 8: Errno.EINVAL, 14: Errno.ENOSPC}
+    return {cookie: refused.get(cookie, Errno.OK) for cookie in range(1, 17)}
+
+
+@STRUCTURED
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 1 << 30])
+async def test_requests_mean_the_same_however_they_arrive(structured: bool, piece_bytes: int) -> None:
+    memory = full_memory()
+    async with serving(export_of(memory), structured=structured) as served:
+        stream = compose_everything(served.client)
+        if piece_bytes == 1:
+            # What follows is only length; byte by byte it would take minutes to no new end.
+            head, stream = stream[:8192], stream[8192:]
+            for index in range(len(head)):
+                await served.client.send(head[index : index + 1])
+                await asyncio.sleep(0)
+            piece_bytes = 1 << 30
+        for start in range(0, len(stream), piece_bytes):
+            await served.client.send(stream[start : start + piece_bytes])
+        replies = await served.client.replies(16)
+    assert {cookie: reply.error for cookie, reply in replies.items()} == expected_errors()
+    assert bytes(replies[3].data)[100:1100] == b"w" * 1000
+    assert bytes(replies[16].data)[KIB : 201 * KIB] == noise(200 * KIB)
+    assert memory.data[600 * KIB : 700 * KIB] == noise(100 * KIB)
+
+
+async def test_what_came_behind_the_negotiation_is_served_first() -> None:
+    export = export_of(full_memory())
+    leftover = encode_request(Command.READ, 1, 0, 512)
+    async with serving(export, leftover=leftover) as served:
+        served.client.compose(Command.READ, 0, 512)
+        assert (await served.client.reply(1)).error == 0
+
+
+@STRUCTURED
+async def test_many_requests_of_one_send_are_all_answered(structured: bool) -> None:
+    memory = full_memory()
+    async with serving(export_of(memory), structured=structured) as served:
+        stream = b"".join(served.client.compose(Command.READ, 512 * index, 512) for index in range(2000))
+        await served.client.send(stream)
+        replies = await served.client.replies(2000)
+    assert all(
+        reply.data == memory.data[512 * (cookie - 1) : 512 * cookie] for cookie, reply in replies.items()
+    )
+
+
+async def test_fua_and_the_other_flags_reach_the_device() -> None:
+    device, flags = Recorder(), CommandFlags
+    async with serving(export_of(device)) as served:
+        call = served.client.call
+        assert not (await call(Command.WRITE, 0, data=b"x" * 512, flags=flags.FUA)).error
+        assert not (await call(Command.WRITE, 0, data=b"x" * (300 * KIB), flags=flags.FUA)).error
+        assert not (await call(Command.TRIM, 1, 2, flags=flags.FUA)).error
+        assert not (await call(Command.WRITE_ZEROES, 3, 4)).error
+        assert not (await call(Command.WRITE_ZEROES, 3, 4, flags=flags.NO_HOLE | flags.FUA)).error
+        assert not (await call(Command.WRITE_ZEROES, 3, 4, flags=flags.FAST_ZERO)).error
+        assert not (await call(Command.FLUSH)).error
+        assert not (await call(Command.CACHE, 5, 6)).error
+    assert device.calls == [
+        ("write", 0, 512, True),
+        ("write", 0, 300 * KIB, True),
+        ("trim", 1, 2, True),
+        ("write_zeroes", 3, 4, True, False, False),
+        ("write_zeroes", 3, 4, False, False, True),
+        ("write_zeroes", 3, 4, True, True, False),
+        ("flush",),
+        ("cache", 5, 6),
+    ]
+
+
+async def test_65_a_read_with_df_is_one_chunk() -> None:
+    memory = full_memory()
+    async with serving(export_of(memory)) as served:
+        reply = await served.client.call(Command.READ, 0, 2 * MIB, flags=CommandFlags.DF)
+    assert reply.data == memory.data[: 2 * MIB]
+
+
+class StatusDevice(MemoryDevice):
+    """Alternates between data and holes every 512 bytes."""
+
+    async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
+        return [
+            StatusExtent(512, Allocation.HOLE | Allocation.ZERO if index % 2 else Allocation.DATA)
+            for index in range(length // 512)
+        ]
+
+
+@pytest.mark.parametrize("req_one", [False, True])
+async def test_74_block_status_says_what_the_device_knows(req_one: bool) -> None:
+    flags = CommandFlags.REQ_ONE if req_one else CommandFlags(0)
+    async with serving(export_of(StatusDevice(SIZE))) as served:
+        reply = await served.client.call(Command.BLOCK_STATUS, 0, 4 * 512, flags=flags)
+    found = [(extent.length, extent.flags) for extent in reply.status[CONTEXT_ID]]
+    assert found == ([(512, 0)] if req_one else [(512, 0), (512, 3)] * 2)
+
+
+@STRUCTURED
 @pytest.mark.parametrize(
-    "payload",
+    ("kind", "command", "host_errno", "expected"),
     [
-        b"",
-        b"1234567",
-        query(512),
-        query(512, 1, 1),
-        query(512, 9),
-        query(512, 1, 9),
-        query(512, 1) + b"\0",
-        query(0, 1),
-        query(MIB + 1, 1),
-        query((1 << 64) - 1, 1),
-        query(512, *range(1, 2000)),
-        query(512, *range(1, 200_000)),
+        ("read", Command.READ, errno.EIO, Errno.EIO),
+        ("write", Command.WRITE, errno.EDQUOT, Errno.ENOSPC),
+        ("write_zeroes", Command.WRITE_ZEROES, errno.EOPNOTSUPP, Errno.EINVAL),
+        ("trim", Command.TRIM, errno.EROFS, Errno.EPERM),
+        ("flush", Command.FLUSH, errno.ENOSPC, Errno.ENOSPC),
     ],
-    ids=lambda payload: f"{len(payload)} bytes",
 )
-async def test_52_wrong_block_status_payload_is_consumed_and_invalid(server: Server, payload: bytes) -> None:
-    async with connected(server, EXTENDED, contexts=[BASE]) as client:
-        answer = await client.call(BLOCK_STATUS, 0, len(payload), PAYLOAD_LEN, payload)
-        assert answer.error == EINVAL
-        assert (await client.call(BLOCK_STATUS, 0, 512)).error == 0
-
-
-async def test_52_block_status_payload_is_not_offered_without_extended_headers(server: Server) -> None:
-    async with connected(server, STRUCTURED, contexts=[BASE]) as client:
-        assert not client.flags & (1 << 12)
-
-
-# Holes and errors of reads.
-
-
-@chunked_styles
-async def test_62_zeroes_are_sent_as_a_hole(
-    server: Server, memory: MemoryDevice, style: tuple[int, ...]
+async def test_81_a_devices_failure_is_answered_with_the_protocols_error(
+    structured: bool, kind: str, command: Command, host_errno: int, expected: Errno
 ) -> None:
-    memory.data[: 256 * KIB] = bytes(256 * KIB)
-    async with connected(server, style) as client:
-        for offset, length in ((0, 64 * KIB), (1, 100_001), (0, 256 * KIB)):
-            answer = await client.call(READ, offset, length)
-            assert answer.kinds == [OFFSET_HOLE]
-            assert answer.data(offset, length) == bytes(length)
-        # One byte in it, wherever, and it is data.
-        for position in (0, 1, 70_000, 131_071):
-            memory.data[position] = 1
-            answer = await client.call(READ, 0, 128 * KIB)
-            assert answer.kinds == [OFFSET_DATA]
-            assert answer.data(0, 128 * KIB)[position] == 1
-            memory.data[position] = 0
+    device = FaultyDevice(MemoryDevice(SIZE))
+    device.inject(kind, host_errno, count=1)
+    async with serving(export_of(device), structured=structured) as served:
+        length = 0 if command is Command.FLUSH else 512
+        data = b"x" * length if command is Command.WRITE else b""
+        reply = await served.client.call(command, 0, length, data=data)
+        assert reply.error == expected
+        assert bool(reply.text) is structured
+        # The next one is served as if nothing had been.
+        assert (await served.client.call(Command.READ, 0, 512)).error == 0
 
 
-@chunked_styles
-async def test_62_holes_of_a_sparse_file_are_not_read_but_told(
-    tmp_path: Path, style: tuple[int, ...]
-) -> None:
-    device = FileDevice.create(str(tmp_path / "d.img"), 8 * MIB)
-    content = random.Random(3).randbytes(64 * KIB)
-    await device.write(3 * MIB, content)
-    async with serving(table(device)) as server, connected(server, style) as client:
-        answer = await client.call(READ, 512, 6 * MIB)
-        assert answer.kinds == [OFFSET_HOLE, OFFSET_DATA, OFFSET_HOLE]
-        expected = bytes(3 * MIB - 512) + content + bytes(3 * MIB - 64 * KIB + 512)
-        assert answer.data(512, 6 * MIB) == expected
-    await device.close()
+class RaisingNowait(MemoryDevice):
+    """Its twins that never wait fail."""
+
+    def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
+        raise OSError(errno.ENOSPC, "no room to read")
+
+    def write_nowait(self, offset: int, data: ReadableBuffer) -> bool:
+        raise OSError(errno.ENOSPC, "no room to write")
 
 
-async def test_62_simple_replies_send_zeroes_as_bytes(tmp_path: Path) -> None:
-    device = FileDevice.create(str(tmp_path / "d.img"), 4 * MIB)
-    async with serving(table(device)) as server, connected(server) as client:
-        assert (await client.call(READ, 0, 2 * MIB)).data(0, 2 * MIB) == bytes(2 * MIB)
-    await device.close()
+async def test_a_failure_in_place_is_answered_and_its_payload_consumed() -> None:
+    async with serving(export_of(RaisingNowait(SIZE))) as served:
+        assert (await served.client.call(Command.READ, 0, 512)).text == "no room to read"
+        assert (await served.client.call(Command.WRITE, 0, data=b"x" * 512)).text == "no room to write"
+        assert (await served.client.call(Command.WRITE, 0, data=b"x" * MIB)).text == "no room to write"
+        assert (await served.client.call(Command.FLUSH)).error == 0
 
 
-@chunked_styles
-async def test_65_df_gets_one_content_chunk(tmp_path: Path, style: tuple[int, ...]) -> None:
-    device = FileDevice.create(str(tmp_path / "d.img"), 8 * MIB)
-    await device.write(3 * MIB, b"x" * 4096)
-    async with serving(table(device)) as server, connected(server, style) as client:
-        assert client.flags & (1 << 7), "DF is not advertised"
-        for length in (512, 64 * KIB, 6 * MIB):
-            answer = await client.call(READ, 0, length, DF)
-            assert answer.kinds == [OFFSET_DATA]
-            assert len(answer.data(0, length)) == length
-    await device.close()
+# Bounds.
 
 
-@chunked_styles
-async def test_64_error_names_the_byte_where_the_device_failed(
-    tmp_path: Path, style: tuple[int, ...]
-) -> None:
-    device = FileDevice.create(str(tmp_path / "d.img"), 8 * MIB)
-    os.truncate(tmp_path / "d.img", 3 * MIB)
-    async with serving(table(device)) as server, connected(server, style) as client:
-        answer = await client.call(READ, MIB, 4 * MIB)
-        assert (answer.error, answer.error_offset) == (EIO, 3 * MIB)
-        assert "d.img ends at byte" in answer.text
-    await device.close()
-
-
-@chunked_styles
-async def test_64_error_of_unknown_place_has_no_offset(memory: MemoryDevice, style: tuple[int, ...]) -> None:
-    device = FaultyDevice(memory)
-    device.inject("read", errno.EIO)
-    async with serving(table(device)) as server, connected(server, style) as client:
-        answer = await client.call(READ, 512, 4096)
-        assert (answer.error, answer.error_offset) == (EIO, None)
-        assert answer.text
-
-
-async def test_63_simple_read_that_fails_has_no_success_header(tmp_path: Path) -> None:
-    device = FileDevice.create(str(tmp_path / "d.img"), 8 * MIB)
-    os.truncate(tmp_path / "d.img", 3 * MIB)
-    async with serving(table(device)) as server, connected(server) as client:
-        assert (await client.call(READ, MIB, 4 * MIB)).error == EIO
-        assert (await client.call(READ, 0, 512)).error == 0
-    await device.close()
-
-
-# The way down.
-
-
-@every_style
-async def test_87_shutdown_answers_what_is_in_flight_and_refuses_what_waits(
-    memory: MemoryDevice, style: tuple[int, ...]
-) -> None:
-    gate = GatedDevice(memory, kinds={"read"})
-    async with serving(table(gate)) as server, connected(server, style) as client:
-        for cookie in range(REQUESTS_MAX + 40):
-            await client.request(READ, cookie, cookie * 512, 512)
-        await gate.wait_pending("read", (REQUESTS_MAX - 1) * 512)
-        server.stop()
+async def test_no_more_than_requests_max_are_in_flight() -> None:
+    gate = make_gate(MemoryDevice(SIZE))
+    gate.kinds.add("read")
+    async with serving(export_of(gate)) as served:
+        count = REQUESTS_MAX + 50
+        await served.client.send(b"".join(served.client.compose(Command.READ, 0, 512) for _ in range(count)))
+        await wait_until(lambda: len(gate.pending) >= REQUESTS_MAX)
+        await settle()
+        assert len(gate.pending) == REQUESTS_MAX
+        gate.release(gate.pending[0])
+        await settle()
+        assert len(gate.pending) == REQUESTS_MAX, "one ended, so one more starts"
         gate.open_gate()
-        errors: Counter[int] = Counter()
-        async with asyncio.timeout(LIMIT_S):
-            while sum(errors.values()) < REQUESTS_MAX or not client.reader.at_eof():
-                try:
-                    _, answer = await client.any_reply(512)
-                except asyncio.IncompleteReadError:
-                    break
-                errors[answer.error] += 1
-        assert errors[0] == REQUESTS_MAX
-        assert errors[ESHUTDOWN] == 40
+        assert all(not reply.error for reply in (await served.client.replies(count)).values())
 
 
-async def test_12_negotiating_client_hears_of_the_shutdown(server: Server) -> None:
-    async with connected(server, export=None) as client:
-        server.stop()
-        (answer,) = await client.option(wire.LIST)
-        assert answer.reply == wire.ERR_SHUTDOWN
-        (answer,) = await client.option(wire.ABORT)
-        assert answer.reply == wire.ACK
-        assert await client.ended() == b""
+@pytest.mark.parametrize("command", [Command.READ, Command.WRITE])
+async def test_no_more_than_bytes_max_are_in_flight(command: Command) -> None:
+    gate = make_gate(MemoryDevice(SIZE))
+    gate.kinds.update({"read", "write"})
+    count = 2 * BYTES_MAX // MIB
+    async with serving(export_of(gate)) as served:
+        data = bytes(MIB) if command is Command.WRITE else b""
+        requests = [served.client.compose(command, 0, MIB, data=data) for _ in range(count)]
+        sending = asyncio.ensure_future(served.client.send(b"".join(requests)))
+        await wait_until(lambda: len(gate.pending) >= BYTES_MAX // MIB)
+        await settle()
+        assert len(gate.pending) == BYTES_MAX // MIB
+        gate.open_gate()
+        assert len(await served.client.replies(count)) == count
+        await sending
 
 
-async def test_12_silent_client_does_not_hold_up_the_shutdown(server: Server) -> None:
-    async with connected(server, export=None) as client:
-        server.stop()
-        async with asyncio.timeout(LIMIT_S):
-            assert await client.ended() == b""
+async def test_a_client_that_does_not_read_is_not_served_any_further() -> None:
+    memory = full_memory()
+    device = FaultyDevice(memory)
+    count = 64
+    async with serving(export_of(device), socket_bytes=64 * KIB) as served:
+        stream = b"".join(served.client.compose(Command.READ, 0, 512 * KIB) for _ in range(count))
+        await served.client.send(stream)
+        await settle()
+        await settle()
+        served_bytes = sum(operation.area.length for operation in device.operations)
+        assert served_bytes <= 4 * MIB, "more than a batch and what the kernel holds"
+        replies = await served.client.replies(count)
+        assert all(reply.data == memory.data[: 512 * KIB] for reply in replies.values())
+
+
+async def test_replies_that_finish_while_the_client_does_not_read_arrive_later() -> None:
+    gate = make_gate(full_memory())
+    gate.kinds.add("read")
+    async with serving(export_of(gate), socket_bytes=64 * KIB) as served:
+        cookies = [await served.client.ask(Command.READ, 0, MIB) for _ in range(8)]
+        await wait_until(lambda: len(gate.pending) == 8)
+        gate.release_all()
+        await settle()
+        late = await served.client.ask(Command.FLUSH)
+        await settle()
+        assert gate.find("flush") is None
+        replies = await served.client.replies(9)
+    assert set(replies) == {*cookies, late}
+    assert not any(reply.error for reply in replies.values())
+
+
+async def test_one_turn_of_a_busy_client_is_bounded() -> None:
+    small, large = FaultyDevice(MemoryDevice(SIZE)), FaultyDevice(MemoryDevice(SIZE))
+    for device, length, count, turn_max in (
+        (small, 1, 10_000, TURN_REQUESTS_MAX + 1),
+        (large, 256 * KIB, 64, TURN_BYTES_MAX // (256 * KIB) + 1),
+    ):
+        async with serving(export_of(device)) as served:
+            await served.client.send(
+                b"".join(served.client.compose(Command.READ, 0, length) for _ in range(count))
+            )
+            receiving = asyncio.ensure_future(served.client.replies(count))
+            before = len(device.operations)
+            while not receiving.done():
+                await asyncio.sleep(0)
+                assert len(device.operations) - before <= turn_max
+                before = len(device.operations)
+            assert len(receiving.result()) == count
+
+
+# Several sessions.
+
+
+async def test_a_hung_device_does_not_hold_up_a_client_of_another_export() -> None:
+    gate = make_gate(MemoryDevice(SIZE))
+    gate.kinds.add("read")
+    async with serving(export_of(gate, "hung")) as hung, serving(export_of(MemoryDevice(SIZE))) as other:
+        waiting = await hung.client.ask(Command.READ, 0, 512)
+        await gate.wait_pending("read")
+        assert (await other.client.call(Command.READ, 0, 512)).error == 0
+        gate.open_gate()
+        assert (await hung.client.reply(waiting)).error == 0
+
+
+async def test_a_slow_request_does_not_hold_up_others_of_the_same_client() -> None:
+    gate = make_gate(MemoryDevice(SIZE))
+    async with serving(export_of(gate)) as served:
+        gate.kinds.add("flush")
+        slow = await served.client.ask(Command.FLUSH)
+        await gate.wait_pending("flush")
+        assert (await served.client.call(Command.READ, 0, 512)).error == 0
+        gate.open_gate()
+        assert (await served.client.reply(slow)).error == 0
+
+
+async def test_57_two_clients_of_one_export_see_each_others_writes() -> None:
+    device = Recorder()
+    export = export_of(device)
+    async with serving(export) as first, serving(export) as second:
+        assert not (await first.client.call(Command.WRITE, 512, data=b"a" * 512)).error
+        assert bytes((await second.client.call(Command.READ, 512, 512)).data) == b"a" * 512
+        assert not (await second.client.call(Command.FLUSH)).error
+        assert len(export.clients) == 2
+    assert device.calls == [("flush",)], "one flush of the one device covers both"
+    assert not export.clients
+
+
+async def test_both_clients_are_served_while_one_never_stops_asking() -> None:
+    export = export_of(full_memory())
+
+    async def ask_for_ever(served: Served) -> None:
+        while True:
+            await served.client.send(
+                b"".join(served.client.compose(Command.READ, 0, 64 * KIB) for _ in range(64))
+            )
+            await served.client.replies(64)
+
+    async with serving(export) as greedy, serving(export) as modest:
+        asking = asyncio.ensure_future(ask_for_ever(greedy))
+        try:
+            for _ in range(20):
+                assert (await modest.client.call(Command.READ, 0, 512)).error == 0
+        finally:
+            asking.cancel()
+            await asyncio.wait([asking])
+
+
+# Large writes.
+
+
+async def test_a_large_write_is_done_in_pieces_that_end_on_pages_of_the_device() -> None:
+    memory = MemoryDevice(SIZE)
+    device = FaultyDevice(memory)
+    data = noise(MIB + 12345)
+    async with serving(export_of(device)) as served:
+        assert (await served.client.call(Command.WRITE, 777, data=data)).error == 0
+    assert bytes(memory.data[777 : 777 + len(data)]) == data
+    pieces = [operation.area for operation in device.operations]
+    assert len(pieces) > 1
+    assert pieces[0].offset == 777
+    assert all(before.end == after.offset for before, after in itertools.pairwise(pieces))
+    assert all(piece.end % 4096 == 0 for piece in pieces[:-1])
+    assert pieces[-1] == Extent(pieces[-1].offset, 777 + len(data) - pieces[-1].offset)
+
+
+class TurnsAsync(FilterDevice):
+    """Writes in place `nowait_count` times, and from then on not."""
+
+    def __init__(self, nowait_count: int) -> None:
+        super().__init__(FaultyDevice(MemoryDevice(SIZE)))
+        self.nowait_left = nowait_count
+        self.async_writes: list[Operation] = []
+
+    def write_nowait(self, offset: int, data: ReadableBuffer) -> bool:
+        if not self.nowait_left:
+            return False
+        self.nowait_left -= 1
+        return super().write_nowait(offset, data)
+
+    async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
+        self.async_writes.append(Operation("write", Extent(offset, len(data))))
+        await super().write(offset, data, fua)
+
+
+@pytest.mark.parametrize("nowait_count", [0, 1, 3])
+async def test_a_large_write_that_starts_to_wait_is_finished_by_one_operation(nowait_count: int) -> None:
+    device = TurnsAsync(nowait_count)
+    data = noise(MIB + 777)
+    async with serving(export_of(device)) as served:
+        assert (await served.client.call(Command.WRITE, 513, data=data)).error == 0
+        back = await served.client.call(Command.READ, 513, len(data))
+    assert bytes(back.data) == data
+    (rest,) = device.async_writes
+    assert rest.area.end == 513 + len(data)
+    assert (rest.area.offset == 513) is (nowait_count == 0)
+
+
+async def test_a_write_that_fails_in_the_middle_is_consumed_and_answered_once() -> None:
+    device = FaultyDevice(MemoryDevice(SIZE))
+    device.inject("write", errno.ENOSPC, Extent(MIB, 1))
+    async with serving(export_of(device)) as served:
+        reply = await served.client.call(Command.WRITE, 512 * KIB, data=noise(MIB))
+        assert reply.error == Errno.ENOSPC
+        assert (await served.client.call(Command.READ, 0, 512)).error == 0
+
+
+async def test_a_write_that_waits_keeps_its_data_while_others_arrive() -> None:
+    memory = MemoryDevice(SIZE)
+    gate = make_gate(memory)
+    gate.kinds.add("write")
+    async with serving(export_of(gate)) as served:
+        for index in range(5):
+            await served.client.ask(Command.WRITE, 4096 * index, data=bytes([index + 1]) * 4096)
+            await gate.wait_pending("write", 4096 * index)
+        gate.open_gate()
+        assert not any(reply.error for reply in (await served.client.replies(5)).values())
+    assert bytes(memory.data[: 5 * 4096]) == b"".join(bytes([index + 1]) * 4096 for index in range(5))

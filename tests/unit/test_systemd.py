@@ -136,9 +136,10 @@ def test_whole_service_life_is_told(manager: socket.socket, tmp_path: Path) -> N
             process.terminate()
             while told[-1] != b"STOPPING=1":
                 told.append(manager.recv(1000))
-        finally:
-            process.terminate()
             output, log = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()
+            process.wait()
     assert told[0] == b"READY=1"
     assert told[1] == b"STATUS=Serving 1 export to 0 clients\nWATCHDOG=1"
     assert process.returncode == 0, log
