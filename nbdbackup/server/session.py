@@ -193,11 +193,15 @@ class Session:
 
     def _settle(self) -> None:
         """Decide what to wait for next."""
-        if self._in_flight or self._bytes_held or self._payload is not None:
-            self._hold()
-        is_paused = self._is_full() or self._lacks_room or self._replies.is_blocked
-        if is_paused and self._budget.is_full:
+        was_full = self._lacks_room or self._is_full()
+        self._hold()
+        is_full = (self._lacks_room and self._budget.is_full) or self._is_full()
+        if is_full and self._budget.is_full:
             self._budget.wait(self)
+        elif was_full and not is_full:
+            # Serving stopped for room that there is by now: no event will say so again.
+            self._schedule_turn()
+        is_paused = is_full or self._replies.is_blocked
         if self._stream_ended and not is_paused and not self._turn_scheduled:
             # Every whole request that had arrived was taken.
             self._no_more_requests = True

@@ -155,8 +155,11 @@ class Client:
         assert answered == cookie
         return answer
 
-    async def any_reply(self, data_bytes: int = 0) -> tuple[int, Answer]:
-        """The next whole reply and the cookie of its request; chunks of others must not come in between."""
+    async def any_reply(self, data_bytes: int = 0, lengths: Sequence[int] = ()) -> tuple[int, Answer]:
+        """The next whole reply and the cookie of its request; chunks of others must not come in between.
+
+        `data_bytes` come behind a simple reply, or `lengths[cookie]` where there is one.
+        """
         answer = Answer()
         cookie: int | None = None
         while True:
@@ -165,6 +168,7 @@ class Client:
                 assert not self.extended, "extended headers have no simple replies (48)"
                 answer.error, echoed = struct.unpack(">IQ", await self.read(12))
                 assert cookie is None
+                data_bytes = lengths[echoed] if echoed < len(lengths) else data_bytes
                 if data_bytes and not answer.error:
                     answer.chunks.append((-1, await self.read(data_bytes)))
                 return echoed, answer

@@ -119,6 +119,31 @@ async def test_full_budget_stops_large_requests_but_not_small_ones() -> None:
         assert (await client.reply(1, 2 * MIB)).error == 0
 
 
+@pytest.mark.parametrize("options", [(), (wire.STRUCTURED_REPLY,), (wire.EXTENDED_HEADERS,)])
+async def test_budget_that_is_always_short_delays_requests_and_loses_none(options: tuple[int, ...]) -> None:
+    device = MemoryDevice(4 * MIB)
+    device.data[:] = b"x" * len(device.data)
+    lengths = [*[1536 << 10, 4096, 3 * MIB, 700 << 10] * 12, 512]
+    async with serving(table(device)) as server:
+        server._budget.bytes_max = 2 * MIB
+
+        async def pull() -> None:
+            async with connected(server, options) as client:
+                for cookie, length in enumerate(lengths):
+                    await client.request(READ, cookie, 0, length)
+                    await client.request(WRITE, 1000 + cookie, 0, length, FUA, b"x" * length)
+                left = {*range(len(lengths)), *range(1000, 1000 + len(lengths))}
+                while left:
+                    cookie, answer = await client.any_reply(0, lengths)
+                    assert answer.error == 0
+                    left.remove(cookie)
+
+        async with asyncio.TaskGroup() as pulls:
+            for _ in range(3):
+                pulls.create_task(pull())
+        assert server._budget.used == 0
+
+
 async def test_payload_that_was_begun_counts_and_goes_on() -> None:
     device = MemoryDevice(4 * MIB)
     async with serving(table(device)) as server, connected(server) as client:
