@@ -144,6 +144,17 @@ async def test_budget_that_is_always_short_delays_requests_and_loses_none(option
         assert server._budget.used == 0
 
 
+async def test_request_behind_one_that_used_the_budget_up_is_served_without_another_event() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as client:
+        server._budget.bytes_max = 2 * MIB
+        read = struct.Struct(">IHHQQI")
+        long = read.pack(0x25609513, 0, READ, 1, 0, 3 * MIB)
+        await client.send(long + read.pack(0x25609513, 0, READ, 2, 0, 512))
+        assert (await client.reply(1, 3 * MIB)).error == 0
+        assert (await client.reply(2, 512)).error == 0
+
+
 async def test_payload_that_was_begun_counts_and_goes_on() -> None:
     device = MemoryDevice(4 * MIB)
     async with serving(table(device)) as server, connected(server) as client:
