@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 
-from nbdbackup.daemon.options import TlsOptions
+from nbdbackup.daemon.options import ServeOptions, TlsOptions
 from nbdbackup.errors import UsageError
 from nbdbackup.nbd.negotiation import TlsMode
 from nbdbackup.server.listener import Listener
@@ -41,13 +41,14 @@ def _authorised(options: TlsOptions) -> tuple[names.DistinguishedName, ...] | No
     return tuple(allowed)
 
 
-def warn_if_open(listeners: Iterable[Listener], options: TlsOptions | None) -> None:
+def warn_if_open(listeners: Iterable[Listener], options: ServeOptions) -> None:
     """Say it once if other machines can connect without TLS."""
     public = [listener.uri() for listener in listeners if listener.is_public]
-    if not public or (options is not None and options.required):
+    if not public or (options.tls is not None and options.tls.required):
         return
     logger.warning(
-        "%s: other machines can connect without encryption or authentication, and read and write the disks; "
-        "use --tls require, or bind to 127.0.0.1 or a Unix socket",
+        "%s can be reached from other machines without TLS: whoever can connect, or listens in on the "
+        "way, can read and change the disks; --tls require encrypts%s",
         ", ".join(public),
+        "" if options.allowed else ", --allow limits who can connect",
     )

@@ -8,6 +8,7 @@ from nbdbackup.block.node import Node
 from nbdbackup.errors import ConflictError, NotFoundError
 from nbdbackup.nbd.constants import TransmissionFlags
 from nbdbackup.nbd.negotiation import ExportInfo
+from nbdbackup.server.contexts import ContextTable
 
 
 class Client(Protocol):
@@ -19,7 +20,7 @@ class Client(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Export:
-    """`node` under `name`. `clients` changes while running."""
+    """`node` under `name`. `clients` and `contexts` change while running."""
 
     name: str
     node: Node
@@ -28,10 +29,23 @@ class Export:
     tls_only: bool = False
     """Shown to clients with TLS alone; so is every snapshot of it."""
     clients: set[Client] = field(default_factory=set)
+    contexts: ContextTable = field(init=False)
+    """What BLOCK_STATUS can tell of it."""
+
+    def __post_init__(self) -> None:
+        self.contexts = ContextTable(self.node)
 
     def info(self) -> ExportInfo:
         """What negotiation tells a client."""
-        return ExportInfo(self.name, self.description, self.node.size, self._flags(), tls_only=self.tls_only)
+        return ExportInfo(
+            self.name,
+            self.description,
+            self.node.size,
+            self._flags(),
+            contexts=self.contexts.names,
+            tls_only=self.tls_only,
+            wide_contexts=self.contexts.wide_names,
+        )
 
     def _flags(self) -> TransmissionFlags:
         features = self.node.features

@@ -10,7 +10,9 @@ from nbdbackup.nbd.negotiation import ExportCatalog, HandshakeError, Negotiated,
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.stream import TlsStream
 
-HANDSHAKE_TIMEOUT_S = 10
+HANDSHAKE_TIMEOUT_S = 10.0
+SHUTDOWN_TIMEOUT_S = 1.0
+"""How long a client that is still negotiating may take to hear that the server is shutting down."""
 RECEIVE_BYTES = 64 << 10
 
 
@@ -24,55 +26,76 @@ class Agreement:
     stream: socket.socket | TlsStream
 
 
-async def negotiate(
-    sock: socket.socket, catalog: ExportCatalog, tls: ServerTls | None = None
-) -> Agreement | None:
-    """Agree with the client on an export, and before that on TLS if either wants it.
+class Handshake:
+    """One client's negotiation on `sock` (connected, non-blocking), at most `HANDSHAKE_TIMEOUT_S` long."""
 
-    None if the client left without an export.
+    def __init__(self, sock: socket.socket, catalog: ExportCatalog, tls: ServerTls | None = None) -> None:
+        # Set once.
+        self._sock = sock
+        self._tls = tls
+        self._negotiation = ServerNegotiation(catalog, TlsMode.OFF if tls is None else tls.mode)
+        # Changes while running.
+        self._stream: socket.socket | TlsStream = sock
+        self._timeout: asyncio.Timeout | None = None
 
-    Raises:
-        ProtocolError: the client broke the protocol, failed to set up TLS, or took longer than
-            `HANDSHAKE_TIMEOUT_S` for all of it.
-        OSError: the connection broke.
-    """
-    negotiation = ServerNegotiation(catalog, TlsMode.OFF if tls is None else tls.mode)
-    stream: socket.socket | TlsStream = sock
-    try:
-        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            await _send(stream, negotiation.greeting())
-            while negotiation.result is None and not negotiation.aborted:
-                data = await _receive(stream)
-                if not data:
-                    return None
-                await _send(stream, negotiation.receive(data))
-                if negotiation.wants_tls:
-                    assert tls is not None
-                    stream = await tls.accept(sock)
-                    negotiation.tls_started()
-    except HandshakeError as error:
-        # A last word, as far as the socket takes it: the client may not be listening.
-        with suppress(OSError):
-            stream.send(memoryview(error.reply))
-        raise
-    except TimeoutError:
-        raise ProtocolError(f"no export chosen within {HANDSHAKE_TIMEOUT_S} s") from None
-    finally:
-        if negotiation.result is None and isinstance(stream, TlsStream):
-            stream.close()
-    if negotiation.result is None:
-        return None
-    return Agreement(negotiation.result, negotiation.leftover, stream)
+    def shut_down(self) -> None:
+        """Refuse every option from now on, and end soon (12)."""
+        self._negotiation.shutting_down = True
+        if self._timeout is not None:
+            due = self._timeout.when()
+            soon = asyncio.get_running_loop().time() + SHUTDOWN_TIMEOUT_S
+            if due is not None and due > soon:
+                self._timeout.reschedule(soon)
 
+    async def run(self) -> Agreement | None:
+        """Agree with the client on an export, and before that on TLS if either wants it.
 
-async def _receive(stream: socket.socket | TlsStream) -> bytes:
-    if isinstance(stream, TlsStream):
-        return await stream.receive(RECEIVE_BYTES)
-    return await asyncio.get_running_loop().sock_recv(stream, RECEIVE_BYTES)
+        None if it left without an export.
 
+        Raises:
+            ProtocolError: the client broke the protocol, failed to set up TLS, or took too long.
+            OSError: the connection broke.
+        """
+        limit_s = SHUTDOWN_TIMEOUT_S if self._negotiation.shutting_down else HANDSHAKE_TIMEOUT_S
+        try:
+            async with asyncio.timeout(limit_s) as self._timeout:
+                return await self._exchange()
+        except HandshakeError as error:
+            # A last word, as far as the socket takes it: the client may not be listening.
+            with suppress(OSError):
+                self._stream.send(memoryview(error.reply))
+            raise
+        except TimeoutError:
+            if self._negotiation.shutting_down:
+                return None
+            raise ProtocolError(f"no export chosen within {HANDSHAKE_TIMEOUT_S:g} s") from None
+        finally:
+            if self._negotiation.result is None and isinstance(self._stream, TlsStream):
+                self._stream.close()
 
-async def _send(stream: socket.socket | TlsStream, data: bytes) -> None:
-    if isinstance(stream, TlsStream):
-        await stream.send_all(data)
-    else:
-        await asyncio.get_running_loop().sock_sendall(stream, data)
+    async def _exchange(self) -> Agreement | None:
+        negotiation = self._negotiation
+        await self._send(negotiation.greeting())
+        while negotiation.result is None and not negotiation.aborted:
+            data = await self._receive()
+            if not data:
+                return None
+            await self._send(negotiation.receive(data))
+            if negotiation.wants_tls:
+                assert self._tls is not None
+                self._stream = await self._tls.accept(self._sock)
+                negotiation.tls_started()
+        if negotiation.result is None:
+            return None
+        return Agreement(negotiation.result, negotiation.leftover, self._stream)
+
+    async def _receive(self) -> bytes:
+        if isinstance(self._stream, TlsStream):
+            return await self._stream.receive(RECEIVE_BYTES)
+        return await asyncio.get_running_loop().sock_recv(self._stream, RECEIVE_BYTES)
+
+    async def _send(self, data: bytes) -> None:
+        if isinstance(self._stream, TlsStream):
+            await self._stream.send_all(data)
+        else:
+            await asyncio.get_running_loop().sock_sendall(self._stream, data)

@@ -20,6 +20,7 @@ Four traps, and what is done about them:
 import asyncio
 import socket
 import ssl
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import cast
 
@@ -37,6 +38,9 @@ OUTGOING_BYTES_MAX = 64 << 10
 class TlsStream:
     """TLS on `sock` (connected, non-blocking), which stays the caller's to close. First, `handshake`."""
 
+    _received = memoryview(bytearray(RECEIVE_BYTES))
+    """Of all streams together: what `recv_into` puts there, it takes out again at once."""
+
     def __init__(
         self,
         sock: socket.socket,
@@ -50,7 +54,6 @@ class TlsStream:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
-        self._received = memoryview(bytearray(RECEIVE_BYTES))
         # Changing while running.
         self._backlog = memoryview(b"")
         self._accepted = 0
@@ -149,8 +152,15 @@ class TlsStream:
             BlockingIOError: the socket takes no more now; call again with the same `data`.
             OSError: the connection broke.
         """
+        return self.sendmsg((data,))
+
+    def sendmsg(self, buffers: Iterable[memoryview]) -> int:
+        """Send some of `buffers`, one after another; as `send`."""
         if not self._accepted:
-            self._accepted = self._encrypt(data[:SEND_BYTES])
+            for data in buffers:
+                self._accepted += self._encrypt(data[: SEND_BYTES - self._accepted])
+                if self._accepted == SEND_BYTES:
+                    break
             self._backlog = memoryview(self._outgoing.read())
         while self._backlog:
             self._backlog = self._backlog[self._sock.send(self._backlog) :]

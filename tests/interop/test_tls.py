@@ -6,6 +6,7 @@ Numbers in names are those of the conformance list.
 import json
 import ssl
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_libnbd_speaks_tls_and_says_so(server: Server, client: Path, transport: 
     assert info["TLS"]
     assert info["structured"]
     assert info["exports"][0]["export-size"] == SIZE
-    assert info["exports"][0]["contexts"] == ["base:allocation"]
+    assert "base:allocation" in info["exports"][0]["contexts"]
     assert run(require("nbdinfo"), "--map", uri)
 
 
@@ -169,7 +170,8 @@ def test_crc_of_four_connections_at_depth_32_holds_over_tls(
     size = 128 * MIB
     server = serve(disk=make_sparse(tmp_path / "disk.img", size), options=["--tls-creds", str(pki.server())])
     # fio lets no URI name files, and libnbd encrypts without them, too.
-    finished = attempt(*fio_command(f"nbds+unix:///disk?socket={server.socket_path}", size, jobs=4))
+    command = fio_command(f"nbds+unix:///disk?socket={server.socket_path}", size, jobs=4)
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr
     report = json.loads(finished.stdout[finished.stdout.index("{") :])
     assert all(job["error"] == 0 for job in report["jobs"])
@@ -402,7 +404,7 @@ def test_public_address_without_required_tls_is_warned_of_once(
 ) -> None:
     credentials = ["--tls-creds", str(pki.server())] if tls else []
     server = serve(disk=disk, options=["-b", "0.0.0.0", "-p", "0", *tls, *credentials], tcp=False)
-    lines = [line for line in server.log().splitlines() if "without encryption" in line]
+    lines = [line for line in server.log().splitlines() if "without TLS" in line]
     assert len(lines) == warnings
     assert all("WARNING" in line and "--tls require" in line for line in lines)
 

@@ -31,7 +31,7 @@ async def serving(
         for name, device in devices.items():
             exports.add(Export(name, Node(name, device), "", read_only))
         listener = listen_unix(where)
-        server = Server(exports, [listener], 0, tls)
+        server = Server(exports, [listener], tls=tls)
         running = asyncio.create_task(server.run())
         try:
             yield format_unix(where, next(iter(devices)), tls=tls is not None)
