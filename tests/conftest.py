@@ -1,4 +1,4 @@
-"""Fixtures and collection rules for all tests."""
+"""Fixtures for all tests."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,14 +10,6 @@ import pytest
 from tests.support.server import Server
 
 ServeFunction = Callable[..., Server]
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what loads the whole machine on one xdist worker, so that two such never meet."""
-    for item in items:
-        if item.get_closest_marker("kernel") or item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("heavy"))
 
 
 @pytest.fixture(autouse=True)

@@ -171,8 +171,10 @@ def run_async(main: Coroutine[object, object, T]) -> T:
 
         def terminate() -> None:
             nonlocal terminated
-            terminated = True
-            task.cancel()
+            if not terminated:
+                # A second one must not cut the cleaning up short.
+                terminated = True
+                task.cancel()
 
         for number in (signal.SIGTERM, signal.SIGHUP):
             if not is_ignored(number):

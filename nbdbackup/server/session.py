@@ -145,7 +145,10 @@ class Session:
         try:
             if not self._replies.is_blocked or self._replies.send(self._sock):
                 self._serve_received()
-                self._replies.send(self._sock)
+                was_blocked = self._replies.is_blocked
+                if self._replies.send(self._sock) and was_blocked:
+                    # Serving stopped for the socket, which has room by now: no event will say so again.
+                    self._schedule_turn()
             self._settle()
         except Exception as error:
             # Raised again by `run`: a broken connection, a client's fault, or a bug of ours.

@@ -78,3 +78,14 @@ def test_nbdcopy_from_one_export_to_another_of_the_same_server(tmp_path: Path, s
     )
     run(require("nbdcopy"), "--connections=4", "--flush", server.uri("a", "tcp"), server.uri("b", "unix"))
     assert sha256(tmp_path / "b.img") == sha256(tmp_path / "a.img")
+
+
+def test_pulling_a_view_again_and_again_always_ends(tmp_path: Path, serve: ServeFunction) -> None:
+    """A reply that is never sent shows up only now and then: in one pull of ten or so."""
+    disk = make_disk(tmp_path / "disk.img", 32 * MIB)
+    server = serve(disk=disk)
+    server.cli("snapshot", "create", "disk", "--name", "s")
+    for number in range(30):
+        connections = f"--connections={1 + number % 4}"
+        run(require("nbdcopy"), connections, server.uri("disk@s"), tmp_path / "copy.img", timeout_s=20)
+    assert sha256(tmp_path / "copy.img") == sha256(disk)
