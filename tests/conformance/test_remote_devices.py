@@ -14,7 +14,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.nbd import NbdDevice
 from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice
 from tests.support.disks import make_sparse
-from tests.support.foreign_servers import ForeignServer, MakeCommand, nbdkit, qemu_nbd
+from tests.support.foreign_servers import ForeignServer, MakeCommand, nbd_server, nbdkit, qemu_nbd
 from tests.support.own_server import serving
 
 
@@ -100,6 +100,18 @@ class TestNbdkitFile(DeviceSuite):
             return nbdkit("file", make_sparse(tmp_path / str(next(numbers)), size))
 
         async with making_remote(serve) as make:
+            yield make
+
+
+class TestNbdServer(DeviceSuite):
+    @pytest.fixture
+    async def make_device(self, tmp_path: Path) -> AsyncIterator[MakeDevice]:
+        numbers = itertools.count()
+
+        def serve(size: int) -> MakeCommand:
+            return nbd_server(make_sparse(tmp_path / str(next(numbers)), size))
+
+        async with making_remote(serve, "disk") as make:
             yield make
 
 
