@@ -1,6 +1,8 @@
 """A remote export keeps the promises of `BlockDevice`, whoever serves it and whatever it offers."""
 
+import asyncio
 import itertools
+import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -12,9 +14,9 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.nbd import NbdDevice
-from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice
+from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice, read
 from tests.support.disks import make_sparse
-from tests.support.foreign_servers import ForeignServer, MakeCommand, nbdkit, qemu_nbd
+from tests.support.foreign_servers import ForeignServer, MakeCommand, nbd_server, nbdkit, qemu_nbd
 from tests.support.own_server import serving
 
 
@@ -103,6 +105,18 @@ class TestNbdkitFile(DeviceSuite):
             yield make
 
 
+class TestNbdServer(DeviceSuite):
+    @pytest.fixture
+    async def make_device(self, tmp_path: Path) -> AsyncIterator[MakeDevice]:
+        numbers = itertools.count()
+
+        def serve(size: int) -> MakeCommand:
+            return nbd_server(make_sparse(tmp_path / str(next(numbers)), size))
+
+        async with making_remote(serve, "disk") as make:
+            yield make
+
+
 class TestServerWithLargeBlocks(DeviceSuite):
     """It refuses whatever is not aligned to 4 KiB, or longer than 64 KiB."""
 
@@ -120,6 +134,16 @@ class TestServerWithLargeBlocks(DeviceSuite):
         ]
         async with making_remote(lambda size: nbdkit(policy[0], "memory", str(size), *policy[1:])) as make:
             yield make
+
+    async def test_concurrent_writes_into_one_block_do_not_undo_each_other(
+        self, make_device: MakeDevice
+    ) -> None:
+        content = random.Random(1).randbytes(64 << 10)
+        device = await make_device(64 << 10, {})
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            for offset in range(0, len(content), 512):
+                tasks.create_task(device.write(offset, content[offset : offset + 512]))
+        assert await read(device, 0, len(content)) == content
 
 
 class TestServerThatOffersLittle(DeviceSuite):

@@ -211,3 +211,31 @@ def test_remote_source_that_dies_is_waited_for(tmp_path: Path, serve: ServeFunct
         assert reading.returncode == 0
         assert "Pattern verification failed" not in told
         server.stop()
+
+
+def test_backup_goes_to_another_nbdbackup_over_tcp(tmp_path: Path, serve: ServeFunction) -> None:
+    disk = make_disk(tmp_path / "disk.img", SIZE)
+    image = make_sparse(tmp_path / "backup.img", SIZE)
+    target = serve(target=image, unix=False)
+    source = serve(disk=disk)
+    source.cli("backup", "disk", target.uri("target"))
+    assert sha256(image) == sha256(disk)
+
+
+def test_read_only_source_is_served_with_read_only_alone(tmp_path: Path, serve: ServeFunction) -> None:
+    disk = make_disk(tmp_path / "disk.img", SIZE)
+    with ForeignServer(nbdkit("-r", "file", disk)) as remote:
+        server = Server({}, [f"disk={remote.uri()}"])
+        try:
+            ended = attempt(*server.command())
+        finally:
+            server.close()
+        assert ended.returncode == 1
+        assert ended.stderr == f"nbdbackup: {remote.uri()} can only be read: try --read-only\n"
+        server = serve({"disk": remote.uri()}, ["-r"], tcp=False)
+        run(require("qemu-img"), "convert", "-O", "raw", server.uri("disk"), tmp_path / "copy.img")
+        assert sha256(tmp_path / "copy.img") == sha256(disk)
+        assert attempt(require("qemu-io"), "-f", "raw", "-c", "write 0 512", server.uri("disk")).returncode
+        [node] = json.loads(server.cli("node", "list", "--json").stdout)
+        assert (node["drv"], node["ro"], node["file"]) == ("nbd", True, remote.uri())
+        server.stop()

@@ -110,6 +110,27 @@ async def test_load_survives_a_server_that_is_killed_and_started_again(tmp_path:
                 await load.wait_progress(300)
 
 
+async def test_load_survives_a_server_that_shuts_down_in_order_and_is_started_again(tmp_path: Path) -> None:
+    # Ours answers what it has not begun with ESHUTDOWN.
+    memory = MemoryDevice(SIZE)
+    path = str(tmp_path / "s")
+    first = serving({"disk": memory}, path=path)
+    uri = await first.__aenter__()
+    async with opened(uri) as device:
+        load = Load(device)
+        async with load.running():
+            await load.wait_progress(300)
+            await first.__aexit__(None, None, None)
+            async with serving({"disk": memory}, path=path):
+                await load.wait_progress(300)
+            async with serving({"disk": memory}, path=path):
+                await load.wait_progress(300)
+            second = serving({"disk": memory}, path=path)
+            await second.__aenter__()
+            await load.wait_progress(300)
+    await second.__aexit__(None, None, None)
+
+
 async def test_writes_that_a_dead_server_took_with_it_are_written_again(tmp_path: Path) -> None:
     # nbdkit's memory plugin forgets everything when it dies, as a machine forgets its page cache.
     with ForeignServer(nbdkit("memory", str(SIZE))) as server:

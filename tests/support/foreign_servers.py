@@ -6,7 +6,9 @@
 Every wait has a limit. What a server listens on is a Unix socket in a directory of its own below /tmp.
 """
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -20,6 +22,8 @@ from tests.support import peers
 
 START_TIMEOUT_S = 30.0
 POLL_S = 0.01
+PID_FILE = "pid"
+"""Beside the socket, of a server that can only run in the background."""
 
 MakeCommand = Callable[[Path], Sequence[str]]
 """The command that serves on the Unix socket at a path."""
@@ -35,6 +39,21 @@ def qemu_nbd(image: Path, *arguments: str, format: str = "raw") -> MakeCommand:
     """qemu-nbd of `image`, as the export "disk"; `-t` is understood."""
     program = peers.require("qemu-nbd")
     return lambda path: [program, "-t", "-f", format, "-x", "disk", "-k", str(path), *arguments, str(image)]
+
+
+def nbd_server(image: Path) -> MakeCommand:
+    """The reference implementation's server of `image`, as the export "disk"."""
+    program = peers.require("nbd-server")
+
+    def command(path: Path) -> list[str]:
+        config = path.with_name("config")
+        config.write_text(
+            f"[generic]\nallowlist = true\nunixsock = {path}\n"
+            f"[disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
+        )
+        return [program, "-C", str(config), "-p", str(path.with_name(PID_FILE))]
+
+    return command
 
 
 class ForeignServer:
@@ -62,7 +81,7 @@ class ForeignServer:
         self._process = subprocess.Popen(self._command(self.socket_path), stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
-            assert self._process.poll() is None, f"ended with status {self._process.returncode}"
+            assert self._process.poll() in (None, 0), f"ended with status {self._process.returncode}"
             assert time.monotonic() < deadline, "does not answer"
             time.sleep(POLL_S)
 
@@ -80,6 +99,10 @@ class ForeignServer:
         if self._process is not None:
             self._process.kill()
             self._process.wait(START_TIMEOUT_S)
+        pid_file = self.socket_path.with_name(PID_FILE)
+        if pid_file.exists():
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+            pid_file.unlink()
 
     def __enter__(self) -> Self:
         try:
