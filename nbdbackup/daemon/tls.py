@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from nbdbackup.daemon.options import ServeOptions, TlsOptions
 from nbdbackup.errors import UsageError
-from nbdbackup.nbd.negotiation import TlsMode
+from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.server.listener import Listener
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls import names

@@ -12,6 +12,7 @@ requirements of the protocol's conformance list that the tests name.
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd import layout, messages
+from nbdbackup.nbd.agreement import Negotiated
 from nbdbackup.nbd.constants import (
     EXTENDED_REQUEST_MAGIC,
     PAYLOAD_BYTES_ACCEPTED,
@@ -21,7 +22,6 @@ from nbdbackup.nbd.constants import (
     Errno,
     TransmissionFlags,
 )
-from nbdbackup.nbd.negotiation import Negotiated
 from nbdbackup.nbd.reply_encoding import ExtendedReplies, ReplyEncoder, SimpleReplies, StructuredReplies
 from nbdbackup.nbd.requests import Refusal, Request, StatusQuery
 

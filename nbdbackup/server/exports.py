@@ -6,8 +6,8 @@ from typing import Protocol
 
 from nbdbackup.block.node import Node
 from nbdbackup.errors import ConflictError, NotFoundError
+from nbdbackup.nbd.agreement import ExportInfo
 from nbdbackup.nbd.constants import TransmissionFlags
-from nbdbackup.nbd.negotiation import ExportInfo
 from nbdbackup.server.contexts import ContextTable
 
 
@@ -108,7 +108,7 @@ class ExportTable:
         for client in tuple(export.clients):
             client.disconnect(reason)
 
-    # What negotiation asks (nbd.negotiation.ExportCatalog).
+    # What negotiation asks (nbd.agreement.ExportCatalog).
 
     def exports(self) -> Sequence[ExportInfo]:
         """What LIST shows."""

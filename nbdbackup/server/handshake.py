@@ -6,7 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.negotiation import ExportCatalog, HandshakeError, Negotiated, ServerNegotiation, TlsMode
+from nbdbackup.nbd.agreement import ExportCatalog, Negotiated, TlsMode
+from nbdbackup.nbd.negotiation import HandshakeError, ServerNegotiation
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.stream import TlsStream
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 
 from nbdbackup.errors import NotFoundError, ProtocolError
-from nbdbackup.nbd.negotiation import TlsMode
+from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.server.budget import SharedBudget
 from nbdbackup.server.exports import ExportTable
 from nbdbackup.server.handshake import Handshake

@@ -25,8 +25,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from nbdbackup.block.device import ReadableBuffer
+from nbdbackup.nbd.agreement import Negotiated
 from nbdbackup.nbd.constants import STATUS_QUERY_BYTES_MAX, Command, Errno
-from nbdbackup.nbd.negotiation import Negotiated
 from nbdbackup.nbd.requests import Refusal, Request
 from nbdbackup.nbd.transmission import Transmission
 from nbdbackup.server.budget import FREE_BYTES, SharedBudget

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.negotiation import TlsMode
+from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.tls.names import DistinguishedName, is_authorised
 from nbdbackup.tls.stream import TlsStream
 

@@ -14,9 +14,6 @@ import pytest
 TESTS = Path(__file__).parents[1]
 LAST = 90
 
-WITH_TLS = range(21, 28)
-"""What only a server that offers TLS has to do; this one refuses STARTTLS."""
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -136,7 +133,64 @@ REQUIREMENTS = {
     ),
     20: Row(
         "without TLS, STARTTLS gets ERR_POLICY",
-        ("unit/test_nbd_negotiation.py::test_20_starttls_is_refused_by_policy",),
+        (
+            "unit/test_nbd_negotiation.py::test_20_starttls_is_refused_by_policy",
+            "interop/test_tls.py::test_20_server_without_tls_says_so",
+        ),
+    ),
+    21: Row(
+        "FORCEDTLS: only STARTTLS and ABORT before TLS, else TLS_REQD",
+        (
+            "unit/test_nbd_starttls.py::test_21_server_that_requires_tls_answers_nothing_else_before_it",
+            "unit/test_nbd_starttls.py::test_21_server_that_requires_tls_disconnects_export_name_and_lets_abort_go",
+            "unit/test_nbd_starttls.py::test_21_client_that_gave_up_on_fixed_newstyle_cannot_get_round_tls",
+            "interop/test_tls.py::test_21_client_without_tls_gets_tls_reqd_from_a_server_that_requires_it",
+        ),
+    ),
+    22: Row(
+        "SELECTIVETLS: TLS_REQD for exports that are for TLS alone",
+        (
+            "unit/test_nbd_starttls.py::test_22_export_for_tls_alone_tells_others_nothing_but_that",
+            "unit/test_nbd_starttls.py::test_22_export_for_tls_alone_is_hidden_in_the_clear_and_export_name_of_it_disconnects",
+            "unit/test_nbd_starttls.py::test_22_other_exports_go_without_tls_where_it_is_only_offered",
+            "interop/test_tls.py::test_22_client_without_tls_sees_all_but_the_exports_for_tls_alone",
+        ),
+    ),
+    23: Row(
+        "STARTTLS: ACK, then TLS; a failed handshake ends the connection",
+        ("interop/test_tls.py::test_23_failed_tls_handshake_ends_the_connection",),
+    ),
+    24: Row(
+        "STARTTLS twice, or with data: ERR_INVALID",
+        (
+            "unit/test_nbd_starttls.py::test_24_second_starttls_is_invalid",
+            "unit/test_nbd_starttls.py::test_24_starttls_with_data_is_invalid_and_keeps_step",
+            "interop/test_tls.py::test_24_second_starttls_and_starttls_with_data_are_invalid",
+        ),
+    ),
+    25: Row(
+        "STARTTLS voids structured replies, extended headers and meta contexts",
+        (
+            "unit/test_nbd_starttls.py::test_25_starttls_forgets_structured_replies_and_meta_contexts",
+            "unit/test_nbd_starttls.py::test_25_starttls_forgets_extended_headers",
+            "interop/test_tls.py::test_25_what_was_agreed_on_in_the_clear_is_void_after_starttls",
+        ),
+    ),
+    26: Row(
+        "TLS 1.2 at least",
+        (
+            "unit/test_tls_credentials.py::test_26_nothing_older_than_tls_1_2_and_no_renegotiation_or_resumption",
+            "unit/test_tls_credentials.py::test_26_client_of_tls_1_1_is_refused_and_one_of_1_2_is_not",
+            "interop/test_tls.py::test_26_tls_1_1_is_not_spoken",
+        ),
+    ),
+    27: Row(
+        "bytes in the clear behind STARTTLS disconnect",
+        (
+            "unit/test_nbd_starttls.py::test_27_bytes_in_the_clear_behind_starttls_disconnect_without_an_answer",
+            "unit/test_nbd_starttls.py::test_27_client_refuses_bytes_in_the_clear_behind_the_ack",
+            "interop/test_tls.py::test_27_request_in_the_clear_behind_starttls_is_never_answered",
+        ),
     ),
     28: Row(
         "INFO and GO payloads: malformed is ERR_INVALID",
@@ -504,7 +558,7 @@ def names_in(file: str) -> frozenset[str]:
 
 
 def test_every_requirement_has_a_row() -> None:
-    assert set(REQUIREMENTS) | set(WITH_TLS) == set(range(1, LAST + 1))
+    assert set(REQUIREMENTS) == set(range(1, LAST + 1))
 
 
 @pytest.mark.parametrize("number", REQUIREMENTS)

@@ -15,7 +15,7 @@ from nbdbackup.block.nbd import NbdDevice
 from nbdbackup.block.nbd_inquiry import list_contexts, list_exports
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.errors import NbdBackupError, ProtocolError, UsageError
-from nbdbackup.nbd.negotiation import TlsMode
+from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.credentials import server_context
 from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice

@@ -18,9 +18,9 @@ from pathlib import Path
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
 from nbdbackup.errors import NbdBackupError
+from nbdbackup.nbd.agreement import Negotiated
 from nbdbackup.nbd.client import encode_request
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, CommandFlags, TransmissionFlags
-from nbdbackup.nbd.negotiation import Negotiated
 from nbdbackup.nbd.reply_parser import Reply, ReplyParser
 from nbdbackup.server.exports import Export
 from nbdbackup.server.session import Session

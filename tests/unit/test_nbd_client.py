@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdbackup.errors import NbdBackupError, NotFoundError, ProtocolError
+from nbdbackup.nbd.agreement import ExportInfo, Negotiated
 from nbdbackup.nbd.client import ClientNegotiation, RemoteExport
 from nbdbackup.nbd.client_options import REPLIES_PER_OPTION_MAX, REPLY_BYTES_MAX
 from nbdbackup.nbd.constants import TransmissionFlags
-from nbdbackup.nbd.negotiation import ExportInfo, Negotiated, ServerNegotiation
+from nbdbackup.nbd.negotiation import ServerNegotiation
 from tests.support import nbd_wire as wire
 
 FLAGS = TransmissionFlags.HAS_FLAGS | TransmissionFlags.SEND_FLUSH | TransmissionFlags.SEND_DF

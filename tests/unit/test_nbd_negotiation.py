@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdbackup.errors import ProtocolError, UsageError
+from nbdbackup.nbd.agreement import ExportInfo
 from nbdbackup.nbd.constants import (
     OPTION_BUFFER_BYTES_MAX,
     OPTION_BYTES_MAX,
     OPTIONS_MAX,
     TransmissionFlags,
 )
-from nbdbackup.nbd.negotiation import ExportInfo, HandshakeError, ServerNegotiation
+from nbdbackup.nbd.negotiation import HandshakeError, ServerNegotiation
 from tests.support import nbd_wire as wire
 
 FLAGS = TransmissionFlags.SEND_FLUSH | TransmissionFlags.SEND_FUA | TransmissionFlags.SEND_DF

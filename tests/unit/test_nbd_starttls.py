@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import pytest
 
 from nbdbackup.errors import ProtocolError
+from nbdbackup.nbd.agreement import ExportInfo, TlsMode
 from nbdbackup.nbd.client import ClientNegotiation
 from nbdbackup.nbd.constants import TransmissionFlags
-from nbdbackup.nbd.negotiation import ExportInfo, HandshakeError, ServerNegotiation, TlsMode
+from nbdbackup.nbd.negotiation import HandshakeError, ServerNegotiation
 from tests.support import nbd_wire as wire
 
 FLAGS = TransmissionFlags.HAS_FLAGS | TransmissionFlags.SEND_FLUSH
@@ -148,6 +149,16 @@ def test_25_starttls_forgets_structured_replies_and_meta_contexts() -> None:
     assert server.result is not None
     assert not server.result.structured_replies
     assert server.result.contexts == ()
+
+
+def test_25_starttls_forgets_extended_headers() -> None:
+    server = begin(TlsMode.ON)
+    assert ask(server, wire.EXTENDED_HEADERS) == [wire.ACK]
+    start_tls(server)
+    assert ask(server, wire.STRUCTURED_REPLY) == [wire.ACK]  # ERR_EXT_HEADER_REQD, were they still in use
+    assert ask(server, wire.GO, wire.info_payload("open"))[-1] == wire.ACK
+    assert server.result is not None
+    assert not server.result.extended_headers
 
 
 @pytest.mark.parametrize("early", [b"\x16", wire.option(wire.GO, wire.info_payload("open"))])

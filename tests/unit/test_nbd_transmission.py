@@ -2,8 +2,8 @@
 
 import pytest
 
+from nbdbackup.nbd.agreement import ExportInfo, Negotiated
 from nbdbackup.nbd.constants import Command, CommandFlags, Errno, TransmissionFlags
-from nbdbackup.nbd.negotiation import ExportInfo, Negotiated
 from nbdbackup.nbd.requests import Request
 from nbdbackup.nbd.transmission import Transmission
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd import layout, messages
+from nbdbackup.nbd.agreement import ExportInfo, Negotiated
 from nbdbackup.nbd.constants import PAYLOAD_BYTES_ACCEPTED, Command, CommandFlags, Errno, TransmissionFlags
-from nbdbackup.nbd.negotiation import ExportInfo, Negotiated
 from nbdbackup.nbd.reply_encoding import ExtendedReplies, StructuredReplies
 from nbdbackup.nbd.requests import Refusal, Request, StatusQuery
 from nbdbackup.nbd.transmission import EXTENDED_REQUEST_BYTES, Transmission

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbdbackup.block.memory import MemoryDevice
+from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.nbd.client import ClientNegotiation
-from nbdbackup.nbd.negotiation import TlsMode
 from nbdbackup.server import handshake
 from nbdbackup.server.exports import ExportTable
 from nbdbackup.server.listener import Listener, listen_unix

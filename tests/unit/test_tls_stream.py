@@ -12,9 +12,9 @@ import pytest
 
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ProtocolError
+from nbdbackup.nbd.agreement import Negotiated, TlsMode
 from nbdbackup.nbd.client import encode_request
 from nbdbackup.nbd.constants import Command
-from nbdbackup.nbd.negotiation import Negotiated, TlsMode
 from nbdbackup.server.exports import Export
 from nbdbackup.server.session import Session
 from nbdbackup.server.tls import ServerTls

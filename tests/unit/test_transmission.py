@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd import layout, messages
+from nbdbackup.nbd.agreement import ExportInfo, Negotiated
 from nbdbackup.nbd.client import encode_request
 from nbdbackup.nbd.constants import (
     BASE_ALLOCATION,
@@ -15,7 +16,6 @@ from nbdbackup.nbd.constants import (
     Errno,
     TransmissionFlags,
 )
-from nbdbackup.nbd.negotiation import ExportInfo, Negotiated
 from nbdbackup.nbd.reply_parser import Reply, ReplyParser
 from nbdbackup.nbd.requests import Refusal, Request
 from nbdbackup.nbd.transmission import REQUEST_BYTES, Transmission
