@@ -38,10 +38,14 @@ class ProtocolError(NbdBackupError):
 
 
 class DeviceError(NbdBackupError, OSError):
-    """A device operation failed. `errno` is a Linux errno, `strerror` the whole line."""
+    """A device operation failed. `errno` is a Linux errno, `strerror` the whole line.
 
-    def __init__(self, errno: int, message: str) -> None:
+    `offset` is the first byte of the device that it failed at, None if nobody knows.
+    """
+
+    def __init__(self, errno: int, message: str, offset: int | None = None) -> None:
         OSError.__init__(self, errno, message)
+        self.offset = offset
 
     def __str__(self) -> str:
         return self.strerror or os.strerror(self.errno or 0)

@@ -61,6 +61,14 @@ class StatusExtent:
     flags: Allocation
 
 
+@dataclass(frozen=True, slots=True)
+class ContextExtent:
+    """`length` bytes that share `status`, a number whose meaning is its meta context's."""
+
+    length: int
+    status: int
+
+
 def merge_status(extents: Iterable[StatusExtent]) -> list[StatusExtent]:
     """Join neighbours with equal flags and drop empty ones."""
     merged: list[StatusExtent] = []

@@ -24,7 +24,7 @@ devices by this class alone. `tests/conformance/` has one suite that every devic
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from nbdbackup.extents import Allocation, StatusExtent
+from nbdbackup.extents import Allocation, ContextExtent, StatusExtent
 
 ReadableBuffer = bytes | bytearray | memoryview
 WritableBuffer = bytearray | memoryview
@@ -56,6 +56,16 @@ class BlockDevice(ABC):
     @abstractmethod
     async def read(self, offset: int, buffer: WritableBuffer) -> None:
         """Fill the whole `buffer` with the bytes from `offset` on."""
+
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        """As `read`, but what is known to be zero may be told instead of filled in.
+
+        Returns extents that cover the whole non-empty `buffer`, neighbours different in flags. Where one
+        has ZERO the bytes are zeroes and what `buffer` holds there means nothing; elsewhere it was
+        filled. It is one read: in a point in time, bytes and extents are of the same one.
+        """
+        await self.read(offset, buffer)
+        return [StatusExtent(len(buffer), Allocation.DATA)]
 
     @abstractmethod
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
@@ -92,6 +102,15 @@ class BlockDevice(ABC):
         """
         del offset
         return [StatusExtent(length, Allocation.DATA)]
+
+    async def allocation_depth(self, offset: int, length: int) -> list[ContextExtent]:
+        """Which layer of its backing chain each part of the range is allocated in.
+
+        1 is the device itself, 2 and more its backing files, 0 means in none of them. The extents are
+        as those of `block_status`. The default is for a device without a backing chain.
+        """
+        del offset
+        return [ContextExtent(length, 1)]
 
     async def close(self) -> None:  # noqa: B027 - most devices hold nothing
         """Give up what is held. No operation may be in flight, and none may follow."""

@@ -190,15 +190,48 @@ class FileDevice(BlockDevice):
 
     def _read_all(self, offset: int, rest: memoryview) -> None:
         while rest:
-            count = os.preadv(self._fd, (rest,), offset)
+            try:
+                count = os.preadv(self._fd, (rest,), offset)
+            except OSError as error:
+                # What could be read before the bad place was: this is where it begins.
+                raise DeviceError(
+                    error.errno or errno.EIO,
+                    f"reading {self._path} failed at byte {offset}: {error.strerror}",
+                    offset,
+                ) from error
             if not count:
                 raise DeviceError(
                     errno.EIO,
                     f"{self._path} ends at byte {offset} but was {self.size} bytes long when it was opened: "
                     "something else has cut it off",
+                    offset,
                 )
             offset += count
             rest = rest[count:]
+
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        """Holes of the file are not read."""
+        assert 0 <= offset <= offset + len(buffer) <= self.size
+        return await self._executor.run(self._read_sparse, offset, memoryview(buffer))
+
+    def _read_sparse(self, offset: int, buffer: memoryview) -> list[StatusExtent]:
+        # A write into a hole after it was looked at has not returned yet when this read began, so
+        # that reading zeroes there is right.
+        if self._is_block_device:
+            self._read_all(offset, buffer)
+            return [StatusExtent(len(buffer), Allocation.DATA)]
+        extents: list[StatusExtent] = []
+        covered = 0
+        for extent in self._status(Extent(offset, len(buffer))):
+            if not extent.flags & Allocation.ZERO:
+                self._read_all(offset + covered, buffer[covered : covered + extent.length])
+            extents.append(extent)
+            covered += extent.length
+        if covered < len(buffer):
+            # Too many extents to look at all: the rest is read.
+            self._read_all(offset + covered, buffer[covered:])
+            extents.append(StatusExtent(len(buffer) - covered, Allocation.DATA))
+        return merge_status(extents)
 
     # Writing.
 

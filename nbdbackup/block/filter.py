@@ -1,11 +1,12 @@
 """A device that forwards to one child and adds one behaviour.
 
-A subclass overrides only what it changes. The child is replaced when a filter below is
-removed (`Node.remove`), so use `self.child` at the moment of the call and never keep it.
+A subclass overrides only what it changes; for reading that is `read`, `read_sparse` and
+`read_nowait`, each of which reaches the child by a way of its own. The child is replaced when a
+filter below is removed (`Node.remove`), so use `self.child` at the moment of the call and never keep it.
 """
 
 from nbdbackup.block.device import BlockDevice, ReadableBuffer, WritableBuffer
-from nbdbackup.extents import StatusExtent
+from nbdbackup.extents import ContextExtent, StatusExtent
 
 
 class FilterDevice(BlockDevice):
@@ -27,6 +28,9 @@ class FilterDevice(BlockDevice):
     async def read(self, offset: int, buffer: WritableBuffer) -> None:
         await self.child.read(offset, buffer)
 
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        return await self.child.read_sparse(offset, buffer)
+
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
         await self.child.write(offset, data, fua)
 
@@ -46,6 +50,9 @@ class FilterDevice(BlockDevice):
 
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         return await self.child.block_status(offset, length)
+
+    async def allocation_depth(self, offset: int, length: int) -> list[ContextExtent]:
+        return await self.child.allocation_depth(offset, length)
 
     async def close(self) -> None:
         await self.child.close()

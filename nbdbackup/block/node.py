@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from nbdbackup.block.device import BlockDevice, ReadableBuffer, WritableBuffer
 from nbdbackup.block.filter import FilterDevice
-from nbdbackup.extents import StatusExtent
+from nbdbackup.extents import ContextExtent, StatusExtent
 
 
 class Node(FilterDevice):
@@ -74,6 +74,11 @@ class Node(FilterDevice):
         with self._counted():
             await self.child.read(offset, buffer)
 
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        await self._wait_running()
+        with self._counted():
+            return await self.child.read_sparse(offset, buffer)
+
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
         await self._wait_running()
         with self._counted():
@@ -105,6 +110,11 @@ class Node(FilterDevice):
         await self._wait_running()
         with self._counted():
             return await self.child.block_status(offset, length)
+
+    async def allocation_depth(self, offset: int, length: int) -> list[ContextExtent]:
+        await self._wait_running()
+        with self._counted():
+            return await self.child.allocation_depth(offset, length)
 
     def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
         return not self._quiesced and self.child.read_nowait(offset, buffer)

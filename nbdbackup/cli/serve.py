@@ -3,15 +3,27 @@
 import argparse
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from nbdbackup import daemon
 from nbdbackup.cli import logs
 from nbdbackup.cli.failures import guarded
 from nbdbackup.cli.fork import run_detached
-from nbdbackup.cli.parser import Parser, Verbs, add_verbose, control_path, count, only, state_directory
-from nbdbackup.daemon import ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.cli.parser import (
+    Parser,
+    Verbs,
+    add_verbose,
+    argument_type,
+    control_path,
+    count,
+    only,
+    state_directory,
+)
+from nbdbackup.daemon import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.daemon.systemd import take_inherited_sockets
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
+from nbdbackup.server.listener import parse_range
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 10809
@@ -25,7 +37,9 @@ Serve files and block devices over NBD until stopped by SIGTERM or SIGINT.
 Client writes go to SOURCE itself. SOURCE is locked against other writers (another
 nbdbackup, QEMU, qemu-nbd). Prints 'listening on URI' for every address once clients
 can connect. There is no encryption and no authentication: whoever can connect can read
-and write, so a TCP address other than this machine's own needs a network you trust."""
+and write, so a TCP address other than this machine's own needs a network you trust.
+
+Started by systemd with sockets of its own (LISTEN_FDS), it serves on those, and prints nothing."""
 
 EPILOG = """\
 examples:
@@ -54,6 +68,13 @@ def add_parser(verbs: Verbs) -> None:
     _add_listeners(parser)
     parser.add_argument(
         "-r", "--read-only", action="store_true", help="refuse every write; SOURCE is opened so"
+    )
+    parser.add_argument(
+        "--read-only-export",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the same for the SOURCE called NAME alone; may be given several times",
     )
     parser.add_argument(
         "-e", "--shared", type=count, default=0, metavar="N", help="clients at once (default 0: no limit)"
@@ -112,6 +133,15 @@ def _add_listeners(parser: Parser) -> None:
     parser.add_argument(
         "-k", "--socket", metavar="PATH", help="Unix socket; then no TCP unless -b or -p is given too"
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        type=argument_type(parse_range, "address range"),
+        metavar="CIDR",
+        help="let only these addresses connect over TCP, as in 10.0.0.0/8 or ::1; "
+        "may be given several times (default: any address)",
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -156,9 +186,12 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         )
     if len(namespace.description.encode()) > DESCRIPTION_BYTES_MAX:
         raise UsageError(f"-D/--description has at most {DESCRIPTION_BYTES_MAX} bytes")
+    sources = _sources(namespace.sources, namespace.export_name, namespace.format)
     return ServeOptions(
-        sources=_sources(namespace.sources, namespace.export_name, namespace.format),
-        listeners=_listeners(namespace.bind, namespace.port, namespace.socket),
+        sources=_mark_read_only(sources, namespace.read_only_export),
+        listeners=_inherited_listeners(namespace)
+        or _listeners(namespace.bind, namespace.port, namespace.socket),
+        allowed=tuple(namespace.allow),
         control=_socket_path("--control", str(control_path(namespace.control))),
         state_dir=state_directory(namespace.state_dir).absolute(),
         read_only=namespace.read_only,
@@ -211,6 +244,27 @@ def _check_name(name: str, path: str) -> None:
         )
     if len(name.encode(errors="surrogateescape")) > NAME_BYTES_MAX:
         raise UsageError(f"a NAME has at most {NAME_BYTES_MAX} bytes: '{name[:20]}...'")
+
+
+def _mark_read_only(sources: tuple[SourceSpec, ...], names: list[str]) -> tuple[SourceSpec, ...]:
+    known = [source.name for source in sources]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--read-only-export {name}: no SOURCE is called so, only {', '.join(known)}")
+    return tuple(replace(source, read_only=source.name in names) for source in sources)
+
+
+def _inherited_listeners(namespace: argparse.Namespace) -> tuple[InheritedSocket, ...]:
+    inherited = take_inherited_sockets(os.environ)
+    if inherited:
+        for option in ("bind", "port", "socket"):
+            if getattr(namespace, option) is not None:
+                raise UsageError(
+                    f"--{option} contradicts LISTEN_FDS: the server was started with sockets to listen on"
+                )
+        if namespace.fork:
+            raise UsageError("--fork contradicts LISTEN_FDS: whoever opened the sockets runs the server")
+    return inherited
 
 
 def _listeners(

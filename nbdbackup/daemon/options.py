@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackup.server.listener import AddressRange
+
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
@@ -12,6 +14,8 @@ class SourceSpec:
     path: str
     format: str | None = None
     """"raw", or None for raw after checking that the content does not look like another format."""
+    read_only: bool = False
+    """Refuse every write to this one, whatever holds for the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +34,27 @@ class UnixAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class InheritedSocket:
+    """Listen on a socket that whoever started us has opened as `descriptor`."""
+
+    descriptor: int
+    name: str = ""
+    """What the service manager calls it; for messages."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServeOptions:
     """Everything that `serve` can be told."""
 
     sources: tuple[SourceSpec, ...]
-    listeners: tuple[TcpAddress | UnixAddress, ...]
+    listeners: tuple[TcpAddress | UnixAddress | InheritedSocket, ...]
     control: Path
     state_dir: Path
     read_only: bool = False
     clients_max: int = 0
     """0: no limit."""
+    allowed: tuple[AddressRange, ...] = ()
+    """Where TCP clients may come from; none means from anywhere."""
     description: str = ""
     discard: str = "unmap"
     """"unmap", or "ignore": trim does nothing and zeroes stay allocated."""

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -12,10 +13,10 @@ from pathlib import Path
 from nbdbackup.block.open import open_device
 from nbdbackup.daemon.backups import Backups
 from nbdbackup.daemon.graph import Graph
-from nbdbackup.daemon.notify import notify
-from nbdbackup.daemon.options import ServeOptions, TcpAddress
+from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
+from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
@@ -23,10 +24,13 @@ from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import Services
 from nbdbackup.monitor.server import monitor
 from nbdbackup.server.exports import Export, ExportTable
-from nbdbackup.server.listener import Listener, listen_tcp, listen_unix
+from nbdbackup.server.listener import Listener, adopt, listen_tcp, listen_unix
 from nbdbackup.server.server import Server
 
 logger = logging.getLogger(__name__)
+
+DESCRIPTORS_MAX = 65536
+"""What the limit on open descriptors is raised to where that is permitted: one for each client."""
 
 
 class Stop:
@@ -54,7 +58,7 @@ class Stop:
 async def serve(options: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT, `quit` or the end that `options` ask for; the exit status.
 
-    Prints one line "listening on URI" per listener when ready.
+    Prints one line "listening on URI" per listener that it opened, when ready.
 
     Raises:
         NbdBackupError, OSError: it cannot start; everything is as it was.
@@ -67,7 +71,8 @@ async def serve(options: ServeOptions) -> int:
         graph = Graph(exports)
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
-        server = Server(exports, _listen(options, stack), options.clients_max)
+        _raise_descriptor_limit()
+        server = Server(exports, _listen(options, stack), options.clients_max, options.allowed)
         try:
             return await _run(options, stack, state, graph, server)
         except ExceptionGroup as group:
@@ -102,11 +107,29 @@ async def _run(
 
 async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:
     """Announce readiness and wait for the end; the exit status."""
-    for uri in server.uris():
-        print(f"listening on {uri}", flush=True)
+    for address, uri in zip(options.listeners, server.uris(), strict=True):
+        if isinstance(address, InheritedSocket):
+            # Whoever opened it knows, and standard output may be theirs.
+            logger.info("listening on %s", uri)
+        else:
+            print(f"listening on {uri}", flush=True)
     notify("READY=1")
-    if options.run_command is not None:
-        return await _run_command(options.run_command, server.uris()[0], stop)
+    notifying = asyncio.ensure_future(keep_notifying(lambda: _status(server)))
+    try:
+        if options.run_command is not None:
+            return await _run_command(options.run_command, server.uris()[0], stop)
+        return await _wait_for_end(options, server, stop)
+    finally:
+        notifying.cancel()
+
+
+def _status(server: Server) -> str:
+    """How things are, for people who ask the service manager."""
+    exports = len(list(server.exports))
+    return f"Serving {exports} export{'s'[: exports != 1]} to {server.client_count} clients"
+
+
+async def _wait_for_end(options: ServeOptions, server: Server, stop: Stop) -> int:
     ends: list[asyncio.Future[object]] = [asyncio.ensure_future(stop.wait())]
     if options.exit_on_last:
         ends.append(asyncio.ensure_future(server.last_client_left.wait()))
@@ -135,18 +158,19 @@ async def _run_command(command: str, uri: str, stop: Stop) -> int:
 
 async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTable) -> None:
     for source in options.sources:
+        read_only = options.read_only or source.read_only
         device = await open_device(
             source.path,
             source.format,
-            read_only=options.read_only,
+            read_only=read_only,
             discard=options.discard == "unmap",
         )
         try:
-            node = graph.insert(source.name, device, "raw", source.path, options.read_only)
+            node = graph.insert(source.name, device, "raw", source.path, read_only)
         except BaseException:
             await device.close()
             raise
-        exports.add(Export(source.name, node, options.description, options.read_only))
+        exports.add(Export(source.name, node, options.description, read_only))
 
 
 def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:
@@ -154,11 +178,28 @@ def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:
     for address in options.listeners:
         if isinstance(address, TcpAddress):
             listener = listen_tcp(address.host, address.port)
+        elif isinstance(address, InheritedSocket):
+            listener = adopt(address.descriptor, address.name)
         else:
             listener = listen_unix(address.path)
         stack.callback(listener.close)
         listeners.append(listener)
+    public = [listener.uri() for listener in listeners if listener.is_public]
+    if public:
+        logger.warning(
+            "%s can be reached from other machines without TLS: whoever can connect, or listens in on the "
+            "way, can read and change the disks%s",
+            ", ".join(public),
+            "" if options.allowed else "; --allow limits who can connect",
+        )
     return listeners
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(DESCRIPTORS_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager

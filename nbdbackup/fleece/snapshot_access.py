@@ -55,6 +55,26 @@ class SnapshotAccess(BlockDevice):
             position = run.end
         self._check_readable(area)
 
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        # As `read`; what is zero and what is read of the source are found under one freeze, so that
+        # no client write can make a hole of one instant out of the bytes of another.
+        view = memoryview(buffer)
+        area = Extent(offset, len(view))
+        self._check_readable(area)
+        found: list[StatusExtent] = []
+        position = offset
+        while position < area.end:
+            run, saved = self._next_run(Extent(position, area.end - position))
+            piece = view[run.offset - offset : run.end - offset]
+            if saved:
+                found += await self._scratch.read_sparse(run.offset, piece)
+            else:
+                with self._filter.frozen_reads.hold(run):
+                    found += await self._filter.child.read_sparse(run.offset, piece)
+            position = run.end
+        self._check_readable(area)
+        return merge_status(found)
+
     def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
         # Atomic: no task runs in between, and a write that is under way in a thread has
         # had its clusters saved before it started.
@@ -124,8 +144,12 @@ class SnapshotAccess(BlockDevice):
         if cause is not None:
             raise SnapshotError(errno.EIO, f"{self} is broken: {cause.strerror or cause}")
         if area.length and not self._copy.access.all(area.offset, area.length):
+            gap = self._copy.access.next_clear(area)
+            assert gap is not None
             raise SnapshotError(
-                errno.EACCES, f"{self} was discarded at offset {area.offset}, {area.length} bytes"
+                errno.EACCES,
+                f"{self} was discarded at offset {area.offset}, {area.length} bytes",
+                max(gap.offset, area.offset),
             )
 
     def _read_only_error(self) -> DeviceError:

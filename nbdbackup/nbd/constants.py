@@ -61,6 +61,15 @@ BLOCK_SIZE_PREFERRED_SMALLEST: Final = 512
 STATUS_EXTENTS_MAX: Final = 1 << 20
 """Extents in one BLOCK_STATUS chunk."""
 
+STATUS_QUERY_BYTES_MAX: Final = 4096
+"""Payload of a BLOCK_STATUS request: a longer one names more contexts than one client can select."""
+
+CONTEXTS_MAX: Final = 1000
+"""Meta contexts that one client can select: a BLOCK_STATUS payload can name them all."""
+
+BLOCK_SIZE_UNASKED_MAX: Final = 512
+"""A client that does not ask for block sizes reads in units of a sector: no need to insist up to here."""
+
 
 class HandshakeFlags(IntFlag):
     """What the server says in its greeting."""
@@ -211,3 +220,9 @@ class AllocationFlags(IntFlag):
 
 
 BASE_ALLOCATION: Final = "base:allocation"
+
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+"""Status: 0 where nothing in the backing chain is allocated, else the layer's number, the top one 1."""
+
+DIRTY_BITMAP_PREFIX: Final = "qemu:dirty-bitmap:"
+"""In front of a bitmap's name. Status: bit 0 is set where the bitmap is."""

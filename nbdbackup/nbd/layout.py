@@ -77,7 +77,18 @@ BLOCK_STATUS_HEAD = derive(messages.BLOCK_STATUS_HEAD.definition)
 BLOCK_STATUS_EXTENT = derive(messages.BLOCK_STATUS_EXTENT.definition)
 """length, flags: 8 bytes, repeated."""
 
+BLOCK_STATUS_EXT_HEAD = derive(messages.BLOCK_STATUS_EXT_HEAD.definition)
+"""context id, number of extents: 8 bytes in front of them."""
+
+BLOCK_STATUS_EXT_EXTENT = derive(messages.BLOCK_STATUS_EXT_EXTENT.definition)
+"""length, flags: 16 bytes, repeated."""
+
 OFFSET_DATA_CHUNK = derive(
     construct.Struct(messages.STRUCTURED_REPLY.definition, messages.OFFSET_DATA_HEAD.definition)
 )
 """magic, flags, type, cookie, length (8 + the data's), offset: the 28 bytes in front of the data."""
+
+EXTENDED_OFFSET_DATA_CHUNK = derive(
+    construct.Struct(messages.EXTENDED_REPLY.definition, messages.OFFSET_DATA_HEAD.definition)
+)
+"""magic, flags, type, cookie, offset of the request, length (8 + the data's), offset: 40 bytes."""

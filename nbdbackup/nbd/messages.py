@@ -23,6 +23,7 @@ import construct
 from construct import (
     Const,
     GreedyBytes,
+    GreedyRange,
     Int16ub,
     Int32ub,
     Int64ub,
@@ -440,6 +441,22 @@ class BlockStatusExtent:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockStatusExtHead:
+    """In front of the `count` extents of a BLOCK_STATUS_EXT chunk."""
+
+    context_id: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStatusQuery:
+    """Payload of a BLOCK_STATUS request with PAYLOAD_LEN: `length` bytes, told of these contexts only."""
+
+    length: int
+    context_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorChunk:
     """Payload of an ERROR chunk."""
 
@@ -514,6 +531,19 @@ OFFSET_HOLE = Message("OFFSET_HOLE chunk", OffsetHole, offset=Int64ub, length=In
 BLOCK_STATUS_HEAD = Message("BLOCK_STATUS chunk", BlockStatusHead, context_id=Int32ub)
 BLOCK_STATUS_EXTENT = Message(
     "extent of a BLOCK_STATUS chunk", BlockStatusExtent, length=Int32ub, flags=Int32ub
+)
+BLOCK_STATUS_EXT_HEAD = Message(
+    "BLOCK_STATUS_EXT chunk", BlockStatusExtHead, context_id=Int32ub, count=Int32ub
+)
+BLOCK_STATUS_EXT_EXTENT = Message(
+    "extent of a BLOCK_STATUS_EXT chunk", BlockStatusExtent, length=Int64ub, flags=Int64ub
+)
+BLOCK_STATUS_QUERY = Message(
+    "payload of BLOCK_STATUS",
+    BlockStatusQuery,
+    length=Int64ub,
+    context_ids=GreedyRange(Int32ub),
+    end=Terminated,
 )
 ERROR_HEAD = Message("error chunk", ErrorHead, error=Int32ub)
 ERROR_CHUNK = Message("ERROR chunk", ErrorChunk, error=Int32ub, text=_STRING_SHORT, end=Terminated)

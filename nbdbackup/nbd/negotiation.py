@@ -27,6 +27,8 @@ from nbdbackup.nbd.constants import (
     BASE_ALLOCATION,
     BLOCK_SIZE_MIN_LARGEST,
     BLOCK_SIZE_PREFERRED_SMALLEST,
+    BLOCK_SIZE_UNASKED_MAX,
+    CONTEXTS_MAX,
     OPTION_BUFFER_BYTES_MAX,
     OPTION_BYTES_MAX,
     OPTION_REPLIES_BYTES_MAX,
@@ -70,6 +72,8 @@ class ExportInfo:
     block_size_preferred: int = 4096
     payload_bytes_max: int = PAYLOAD_BYTES_ADVERTISED
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    wide_contexts: frozenset[str] = frozenset()
+    """Those of `contexts` whose status has 64 bits: they are hidden from clients without extended headers."""
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), ("description", self.description)):
@@ -118,8 +122,11 @@ class Negotiated:
     """Its flags are those that the client was told."""
     requested_name: str
     structured_replies: bool
+    """A READ is answered in chunks."""
     contexts: tuple[tuple[int, str], ...]
     """(id, name) of each meta context selected for this export."""
+    extended_headers: bool = False
+    """Requests and replies of 32 bytes; `structured_replies` is then true as well."""
 
 
 class _State(Enum):
@@ -195,6 +202,7 @@ class ServerNegotiation:
 
         # What was agreed on so far.
         self._structured_replies = False
+        self._extended_headers = False
         self._contexts: tuple[str, tuple[tuple[int, str], ...]] | None = None
         """The export that they were selected for, and (id, name) of each."""
 
@@ -348,6 +356,8 @@ class ServerNegotiation:
     # Options.
 
     def _on_export_name(self, payload: bytes) -> None:
+        if self._extended_headers:
+            raise ProtocolError("EXPORT_NAME after EXTENDED_HEADERS, which only GO goes with")
         name = messages.EXPORT_NAME_REQUEST.parse(payload).name
         export = self._export_as_told(name)
         reply = messages.ExportNameReply(export.size, export.flags)
@@ -391,28 +401,40 @@ class ServerNegotiation:
             export.block_size_min, export.block_size_preferred, export.payload_bytes_max
         )
         items.append(messages.INFO_BLOCK_SIZE.build(sizes))
+        if export.block_size_min > BLOCK_SIZE_UNASKED_MAX and InfoType.BLOCK_SIZE not in request.types:
+            self._reply(OptionReply.INFO, items[-1])
+            raise _OptionError(
+                OptionReply.ERR_BLOCK_SIZE_REQD,
+                f"this export takes only requests in units of {export.block_size_min} bytes: "
+                "ask for NBD_INFO_BLOCK_SIZE",
+            )
         for item in items:
             self._reply(OptionReply.INFO, item)
         self._reply(OptionReply.ACK)
         return export
 
     def _on_structured_reply(self, payload: bytes) -> None:
+        if self._extended_headers:
+            raise _OptionError(OptionReply.ERR_EXT_HEADER_REQD, "extended headers are in use already")
         self._structured_replies = True
+        self._reply(OptionReply.ACK)
+
+    def _on_extended_headers(self, payload: bytes) -> None:
+        self._extended_headers = True
         self._reply(OptionReply.ACK)
 
     def _on_list_meta_context(self, payload: bytes) -> None:
         request, export = self._parse_meta_context(payload)
-        names = [
-            name for name in export.contexts if not request.queries or _matches_any(name, request.queries)
-        ]
-        for name in names:
+        for name in self._contexts_of(export):
+            if request.queries and not _matches_any(name, request.queries):
+                continue
             self._reply(OptionReply.META_CONTEXT, messages.META_CONTEXT.build(messages.MetaContext(0, name)))
         self._reply(OptionReply.ACK)
 
     def _on_set_meta_context(self, payload: bytes) -> None:
         request, export = self._parse_meta_context(payload)
         asked = set(request.queries)
-        names = [name for name in dict.fromkeys(export.contexts) if name in asked]
+        names = [name for name in self._contexts_of(export) if name in asked][:CONTEXTS_MAX]
         selected = tuple(enumerate(names, start=1))
         for number, name in selected:
             context = messages.MetaContext(number, name)
@@ -421,13 +443,24 @@ class ServerNegotiation:
         self._contexts = (export.name, selected)
 
     def _parse_meta_context(self, payload: bytes) -> tuple[messages.MetaContextRequest, ExportInfo]:
-        if not self._structured_replies:
+        if not self._replies_in_chunks:
             name = _option_name(self._head.option)
-            raise _OptionError(OptionReply.ERR_INVALID, f"{name} needs STRUCTURED_REPLY first")
+            raise _OptionError(
+                OptionReply.ERR_INVALID, f"{name} needs STRUCTURED_REPLY or EXTENDED_HEADERS first"
+            )
         request = _parse(messages.META_CONTEXT_REQUEST, payload)
         return request, self._find(request.name)
 
     # What several options need.
+
+    @property
+    def _replies_in_chunks(self) -> bool:
+        return self._structured_replies or self._extended_headers
+
+    def _contexts_of(self, export: ExportInfo) -> list[str]:
+        """The contexts that this client can have, each once."""
+        names = dict.fromkeys(export.contexts)
+        return [name for name in names if self._extended_headers or name not in export.wide_contexts]
 
     def _find(self, name: str) -> ExportInfo:
         export = self._catalog.find(name)
@@ -440,15 +473,20 @@ class ServerNegotiation:
     def _export_as_told(self, name: str) -> ExportInfo:
         export = self._find(name)
         flags = export.flags | TransmissionFlags.HAS_FLAGS
-        if not self._structured_replies:
+        if not self._replies_in_chunks:
             flags &= ~TransmissionFlags.SEND_DF
+        if self._extended_headers:
+            flags |= TransmissionFlags.BLOCK_STATUS_PAYLOAD
         return replace(export, flags=flags)
 
     def _enter_transmission(self, requested_name: str, export: ExportInfo) -> None:
         contexts: tuple[tuple[int, str], ...] = ()
         if self._contexts is not None and self._contexts[0] == export.name:
-            contexts = tuple(pair for pair in self._contexts[1] if pair[1] in export.contexts)
-        self.result = Negotiated(export, requested_name, self._structured_replies, contexts)
+            available = self._contexts_of(export)
+            contexts = tuple(pair for pair in self._contexts[1] if pair[1] in available)
+        self.result = Negotiated(
+            export, requested_name, self._replies_in_chunks, contexts, self._extended_headers
+        )
         self._state = _State.READY
 
 
@@ -460,6 +498,7 @@ _OPTIONS: dict[int, _Rule] = {
     Option.INFO: _Rule(ServerNegotiation._on_info, _Payload.KEEP),
     Option.GO: _Rule(ServerNegotiation._on_go, _Payload.KEEP),
     Option.STRUCTURED_REPLY: _Rule(ServerNegotiation._on_structured_reply, _Payload.NONE),
+    Option.EXTENDED_HEADERS: _Rule(ServerNegotiation._on_extended_headers, _Payload.NONE),
     Option.LIST_META_CONTEXT: _Rule(ServerNegotiation._on_list_meta_context, _Payload.KEEP),
     Option.SET_META_CONTEXT: _Rule(ServerNegotiation._on_set_meta_context, _Payload.KEEP),
 }

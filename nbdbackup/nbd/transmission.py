@@ -1,37 +1,35 @@
-"""The transmission phase, server role: which requests are refused and how, and reply heads.
+"""The transmission phase, server role: which requests are refused and how.
 
 `Transmission.check` is the only judge of a request: what it lets through is inside the
-device, permitted by the export and has only flags that its command knows. A refused WRITE
-still carries its payload; the caller consumes it to stay in step.
+device, permitted by the export and has only flags that its command knows. A refused request
+still carries its payload (`payload_bytes`); the caller consumes it to stay in step.
 
-A read's data is put by the caller right behind the head that `pack_read_head` writes, so that
-it goes from the device to the socket without a copy.
+How the answer is written is `reply_encoding`'s; the encoder's methods are reached through here.
 
 Source: the NBD specification's "Transmission phase"; numbers in comments are the
 requirements of the protocol's conformance list that the tests name.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 from nbdbackup.errors import ProtocolError
-from nbdbackup.extents import StatusExtent
-from nbdbackup.nbd import layout, replies
+from nbdbackup.nbd import layout, messages
 from nbdbackup.nbd.constants import (
+    EXTENDED_REQUEST_MAGIC,
     PAYLOAD_BYTES_ACCEPTED,
     REQUEST_MAGIC,
-    SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
     Command,
     CommandFlags,
     Errno,
-    ReplyFlags,
-    ReplyType,
     TransmissionFlags,
 )
 from nbdbackup.nbd.negotiation import Negotiated
+from nbdbackup.nbd.reply_encoding import ExtendedReplies, ReplyEncoder, SimpleReplies, StructuredReplies
+from nbdbackup.nbd.requests import Refusal, Request, StatusQuery
 
 REQUEST_BYTES = layout.REQUEST.size
+EXTENDED_REQUEST_BYTES = layout.EXTENDED_REQUEST.size
+
+_WRITE = int(Command.WRITE)
+_PAYLOAD_LEN = int(CommandFlags.PAYLOAD_LEN)
 
 _WRITES = frozenset({Command.WRITE, Command.WRITE_ZEROES, Command.TRIM})
 
@@ -55,28 +53,6 @@ _ADVERTISED_BY = {
 }
 
 
-class Request(NamedTuple):
-    """One request's head. `flags` and `command` are plain numbers: they may be unknown ones."""
-
-    flags: int
-    command: int
-    cookie: int
-    offset: int
-    length: int
-
-    @property
-    def payload_bytes(self) -> int:
-        """How many bytes follow the head, whether or not the request is refused (67)."""
-        return self.length if self.command == Command.WRITE else 0
-
-
-class Refusal(NamedTuple):
-    """Why a request is not carried out."""
-
-    error: Errno
-    text: str
-
-
 class Transmission:
     """What was negotiated with one client, applied to its requests."""
 
@@ -84,15 +60,34 @@ class Transmission:
         export = negotiated.export
         self.size = export.size
         self.structured = negotiated.structured_replies
-        self.contexts = negotiated.contexts
+        self.extended = negotiated.extended_headers
+        self.contexts = dict(negotiated.contexts)
+        """Name by id of those that BLOCK_STATUS may be asked for."""
         self.read_only = bool(export.flags & TransmissionFlags.READ_ONLY)
-        self.read_head_bytes = layout.OFFSET_DATA_CHUNK.size if self.structured else layout.SIMPLE_REPLY.size
+        self.request_bytes = EXTENDED_REQUEST_BYTES if self.extended else REQUEST_BYTES
+        """Of a request's head."""
+        self.unpack = self.unpack_extended_request if self.extended else self.unpack_request
+        """Reads one."""
         self._flags = export.flags
         self._align_mask = export.block_size_min - 1
 
+        encoder: ReplyEncoder
+        if self.extended:
+            encoder = ExtendedReplies()
+        else:
+            encoder = StructuredReplies() if self.structured else SimpleReplies()
+        self.has_chunks = encoder.has_chunks
+        self.read_head_bytes = encoder.read_head_bytes
+        self.pack_read_head = encoder.pack_read_head
+        self.reply_done = encoder.reply_done
+        self.reply_error = encoder.reply_error
+        self.reply_status = encoder.reply_status
+        self.data_head = encoder.data_head
+        self.hole = encoder.hole
+
     @staticmethod
-    def unpack_request(buffer: bytearray, position: int) -> Request:
-        """The request head at `position`.
+    def unpack_request(buffer: bytearray | memoryview, position: int) -> Request:
+        """The compact request head at `position`.
 
         Raises:
             ProtocolError: wrong magic; nothing after it can be understood (58).
@@ -101,6 +96,50 @@ class Transmission:
         if magic != REQUEST_MAGIC:
             raise ProtocolError(f"wrong request magic {magic:#010x}")
         return Request(flags, command, cookie, offset, length)
+
+    @staticmethod
+    def unpack_extended_request(buffer: bytearray | memoryview, position: int) -> Request:
+        """The extended request head at `position`.
+
+        A WRITE's length is its payload's with and without PAYLOAD_LEN, so that flag is dropped (49).
+
+        Raises:
+            ProtocolError: wrong magic (58).
+        """
+        magic, flags, command, cookie, offset, length = layout.EXTENDED_REQUEST.unpack_from(buffer, position)
+        if magic != EXTENDED_REQUEST_MAGIC:
+            raise ProtocolError(f"wrong extended request magic {magic:#010x}")
+        if command == _WRITE:
+            flags &= ~_PAYLOAD_LEN
+        return Request(flags, command, cookie, offset, length)
+
+    def payload_bytes(self, request: Request) -> int:
+        """How many bytes follow the head, whether or not the request is refused (67).
+
+        Raises:
+            ProtocolError: more than anyone may send (50): 64-bit lengths cannot all be consumed.
+        """
+        has_payload = request.command == _WRITE or (self.extended and request.flags & _PAYLOAD_LEN)
+        length = request.length if has_payload else 0
+        if self.extended and length > PAYLOAD_BYTES_ACCEPTED:
+            raise ProtocolError(f"a payload of {length} bytes is over the limit of {PAYLOAD_BYTES_ACCEPTED}")
+        return length
+
+    def parse_status_query(self, request: Request, payload: bytes) -> StatusQuery | Refusal:
+        """What a BLOCK_STATUS with PAYLOAD_LEN asks for; its range is for `check` to judge (52)."""
+        try:
+            query = messages.BLOCK_STATUS_QUERY.parse(payload)
+        except ProtocolError as error:
+            return Refusal(Errno.EINVAL, str(error))
+        ids = query.context_ids
+        if not ids:
+            return Refusal(Errno.EINVAL, "BLOCK_STATUS names no meta context")
+        if len(set(ids)) < len(ids):
+            return Refusal(Errno.EINVAL, "BLOCK_STATUS names a meta context twice")
+        if not self.contexts.keys() >= set(ids):
+            return Refusal(Errno.EINVAL, "BLOCK_STATUS names a meta context that was not selected")
+        effective = request._replace(flags=request.flags & ~_PAYLOAD_LEN, length=query.length)
+        return StatusQuery(effective, ids)
 
     def check(self, request: Request) -> Refusal | None:
         """Why `request` must be refused, or None."""
@@ -164,47 +203,3 @@ class Transmission:
         if command is Command.BLOCK_STATUS and not length:
             return Refusal(Errno.EINVAL, "BLOCK_STATUS of nothing")
         return None
-
-    # Replies.
-
-    def pack_read_head(self, buffer: bytearray, position: int, request: Request) -> None:
-        """Write the head of a successful READ reply, `read_head_bytes` long; its data goes behind.
-
-        With structured replies the length must not be 0 (62): `reply_done` answers that.
-        """
-        if self.structured:
-            layout.OFFSET_DATA_CHUNK.pack_into(
-                buffer,
-                position,
-                STRUCTURED_REPLY_MAGIC,
-                ReplyFlags.DONE,
-                ReplyType.OFFSET_DATA,
-                request.cookie,
-                request.length + layout.OFFSET_DATA_HEAD.size,
-                request.offset,
-            )
-        else:
-            layout.SIMPLE_REPLY.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, 0, request.cookie)
-
-    def reply_done(self, request: Request) -> bytes:
-        """Success without data. A READ is always answered in chunks once these are negotiated (39)."""
-        if self.structured and request.command == Command.READ:
-            return replies.none_chunk(request.cookie)
-        return replies.simple_reply(request.cookie, Errno.OK)
-
-    def reply_error(self, request: Request, error: Errno, text: str) -> bytes:
-        """Failure; the text reaches clients that negotiated structured replies (60)."""
-        if self.structured:
-            return replies.error_chunk(request.cookie, error, text)
-        return replies.simple_reply(request.cookie, error)
-
-    def reply_status(self, request: Request, extents: Sequence[StatusExtent]) -> bytes:
-        """One chunk for each negotiated context, in one reply; REQ_ONE gets the first extent (74)."""
-        if request.flags & CommandFlags.REQ_ONE:
-            extents = extents[:1]
-        pairs = [(extent.length, int(extent.flags)) for extent in extents]
-        last = len(self.contexts) - 1
-        return b"".join(
-            replies.block_status_chunk(request.cookie, context_id, pairs, done=index == last)
-            for index, (context_id, _) in enumerate(self.contexts)
-        )

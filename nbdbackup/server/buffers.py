@@ -2,10 +2,18 @@
 
 Both are used in place: a request's payload is written to the device from where it was
 received, and a read's data is read from the device to where it is sent from.
+
+They are anonymous maps: a client costs the memory that its requests have touched, not what they
+might grow to.
 """
 
+import mmap
 import socket
 from collections import deque
+from collections.abc import Sequence
+from itertools import islice
+
+from nbdbackup.block.device import ReadableBuffer
 
 RECEIVE_BYTES = 512 << 10
 """Many small requests, or two pieces of a large write."""
@@ -13,16 +21,16 @@ REPLY_BYTES = (1 << 20) + 4096
 """A batch of replies; the longest read that is served in place fits."""
 REPLY_FLUSH_BYTES = 256 << 10
 """A batch this long is sent even if more requests are waiting, while it is in the cache."""
+PIECES_PER_SEND_MAX = 64
 
 
 class ReceiveBuffer:
-    """Bytes `[start, end)` of `data` were received and are not used yet."""
+    """Bytes `[start, end)` of `view` were received and are not used yet."""
 
-    __slots__ = ("data", "end", "start", "view")
+    __slots__ = ("end", "start", "view")
 
     def __init__(self) -> None:
-        self.data = bytearray(RECEIVE_BYTES)
-        self.view = memoryview(self.data)
+        self.view = memoryview(mmap.mmap(-1, RECEIVE_BYTES))
         self.start = 0
         self.end = 0
 
@@ -61,19 +69,20 @@ class ReceiveBuffer:
 
 
 class ReplyBuffer:
-    """Replies in the order they leave: the batch in `data[:used]`, then `queue`.
+    """Replies in the order they leave: the batch in `view[:used]`, then the queue.
 
     While the socket takes no more (`is_blocked`), nothing is added to the batch; replies that
     finish meanwhile go to the queue.
     """
 
-    __slots__ = ("_queue", "_sent", "data", "is_blocked", "used", "view")
+    __slots__ = ("_queue", "_sent", "is_blocked", "queued_bytes", "used", "view")
 
     def __init__(self) -> None:
-        self.data = bytearray(REPLY_BYTES)
-        self.view = memoryview(self.data)
+        self.view = memoryview(mmap.mmap(-1, REPLY_BYTES))
         self.used = 0
         self.is_blocked = False
+        self.queued_bytes = 0
+        """What the queue keeps in memory."""
         self._sent = 0
         self._queue: deque[memoryview] = deque()
 
@@ -86,7 +95,7 @@ class ReplyBuffer:
         """Whether a reply of `length` bytes may be put into the batch now."""
         return not self.is_blocked and self.used + length <= REPLY_BYTES
 
-    def put(self, reply: bytes | bytearray) -> None:
+    def put(self, reply: ReadableBuffer) -> None:
         """Add a finished reply: to the batch if it fits there, else to the queue."""
         if self.has_room(len(reply)) and len(reply) <= REPLY_FLUSH_BYTES:
             end = self.used + len(reply)
@@ -94,6 +103,17 @@ class ReplyBuffer:
             self.used = end
         else:
             self._queue.append(memoryview(reply))
+            self.queued_bytes += len(reply)
+
+    def put_pieces(self, pieces: Sequence[ReadableBuffer]) -> None:
+        """Add a finished reply that is in pieces. They stay together and in order."""
+        length = sum(map(len, pieces))
+        if self.has_room(length) and length <= REPLY_FLUSH_BYTES:
+            for piece in pieces:
+                self.put(piece)
+        else:
+            self._queue.extend(map(memoryview, pieces))
+            self.queued_bytes += length
 
     def send(self, sock: socket.socket) -> bool:
         """Send what the socket takes; True if nothing is left.
@@ -106,14 +126,17 @@ class ReplyBuffer:
                 self._sent += sock.send(self.view[self._sent : self.used])
             self.used = self._sent = 0
             while self._queue:
-                head = self._queue[0]
-                sent = sock.send(head)
-                if sent == len(head):
-                    self._queue.popleft()
-                else:
-                    self._queue[0] = head[sent:]
+                self._drop(sock.sendmsg(islice(self._queue, PIECES_PER_SEND_MAX)))
         except BlockingIOError:
             self.is_blocked = True
             return False
         self.is_blocked = False
         return True
+
+    def _drop(self, length: int) -> None:
+        """The first `length` bytes of the queue were sent."""
+        self.queued_bytes -= length
+        while self._queue and length >= len(self._queue[0]):
+            length -= len(self._queue.popleft())
+        if length:
+            self._queue[0] = self._queue[0][length:]

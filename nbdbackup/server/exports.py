@@ -8,6 +8,7 @@ from nbdbackup.block.node import Node
 from nbdbackup.errors import ConflictError, NotFoundError
 from nbdbackup.nbd.constants import TransmissionFlags
 from nbdbackup.nbd.negotiation import ExportInfo
+from nbdbackup.server.contexts import ContextTable
 
 
 class Client(Protocol):
@@ -19,17 +20,29 @@ class Client(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Export:
-    """`node` under `name`. `clients` changes while running."""
+    """`node` under `name`. `clients` and `contexts` change while running."""
 
     name: str
     node: Node
     description: str = ""
     read_only: bool = False
     clients: set[Client] = field(default_factory=set)
+    contexts: ContextTable = field(init=False)
+    """What BLOCK_STATUS can tell of it."""
+
+    def __post_init__(self) -> None:
+        self.contexts = ContextTable(self.node)
 
     def info(self) -> ExportInfo:
         """What negotiation tells a client."""
-        return ExportInfo(self.name, self.description, self.node.size, self._flags())
+        return ExportInfo(
+            self.name,
+            self.description,
+            self.node.size,
+            self._flags(),
+            contexts=self.contexts.names,
+            wide_contexts=self.contexts.wide_names,
+        )
 
     def _flags(self) -> TransmissionFlags:
         features = self.node.features

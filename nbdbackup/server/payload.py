@@ -1,12 +1,12 @@
-"""Payload: the data of a WRITE that is still arriving.
+"""Payload: the data of a request, a WRITE nearly always, that is still arriving.
 
 It is written in pieces, in place, as long as the device takes them without waiting. Once it
 does not, the rest is collected and becomes one ordinary operation. The payload of a
-refused or failed write is consumed and thrown away, to stay in step with the client.
+refused or failed request is consumed and thrown away, to stay in step with the client.
 """
 
 from nbdbackup.block.device import BlockDevice
-from nbdbackup.nbd.transmission import Refusal, Request
+from nbdbackup.nbd.requests import Refusal, Request
 from nbdbackup.server.buffers import ReceiveBuffer
 from nbdbackup.server.operations import explain
 

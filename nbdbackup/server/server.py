@@ -1,4 +1,9 @@
-"""The NBD server: accepts clients on every listener and runs a session for each."""
+"""The NBD server: accepts clients on every listener and runs a session for each.
+
+Whoever can connect is not trusted: what all clients hold in memory has one budget, TCP clients
+must come from an allowed address and are looked after by keepalive, and a handshake has a time limit.
+So has being asked to stop: who does not read its last replies is disconnected.
+"""
 
 import asyncio
 import errno
@@ -7,31 +12,47 @@ import socket
 from collections.abc import Sequence
 
 from nbdbackup.errors import NotFoundError, ProtocolError
+from nbdbackup.server.budget import SharedBudget
 from nbdbackup.server.exports import ExportTable
-from nbdbackup.server.handshake import negotiate
-from nbdbackup.server.listener import Listener
+from nbdbackup.server.handshake import Handshake
+from nbdbackup.server.listener import AddressRange, Listener, is_allowed
 from nbdbackup.server.session import Session
 
 logger = logging.getLogger(__name__)
 
 ACCEPT_PAUSE_S = 0.1
 SOCKET_BUFFER_BYTES = 1 << 20
+KEEPALIVE_IDLE_S = 60
+KEEPALIVE_INTERVAL_S = 15
+KEEPALIVE_PROBES = 4
+"""A TCP client whose machine is gone is noticed after two minutes."""
 
 
 class Server:
     """Serves `exports` on `listeners`, at most `clients_max` clients at once (0: no limit).
 
-    `last_client_left` is set when a client leaves and none remains.
+    TCP clients must be in one of the `allowed` ranges, if there are any. `last_client_left` is set
+    when a client leaves and none remains.
     """
 
-    def __init__(self, exports: ExportTable, listeners: Sequence[Listener], clients_max: int = 0) -> None:
+    def __init__(
+        self,
+        exports: ExportTable,
+        listeners: Sequence[Listener],
+        clients_max: int = 0,
+        allowed: Sequence[AddressRange] = (),
+    ) -> None:
         self.exports = exports
         self.listeners = list(listeners)
+        self._allowed = tuple(allowed)
+        self._budget = SharedBudget()
         self._slots = asyncio.Semaphore(clients_max) if clients_max else None
         # Changing while running.
         self._accepting: list[asyncio.Task[None]] = []
         self._clients: set[asyncio.Task[None]] = set()
-        self._sessions: dict[asyncio.Task[None], Session] = {}
+        self._handshakes: set[Handshake] = set()
+        self._sessions: set[Session] = set()
+        self._stopping = False
         self.last_client_left = asyncio.Event()
 
     @property
@@ -51,13 +72,14 @@ class Server:
             ]
 
     def stop(self) -> None:
-        """Stop accepting; sessions finish what is in flight and end, negotiating clients are dropped."""
+        """Stop accepting; sessions finish what is in flight and end, negotiating clients are refused."""
+        self._stopping = True
         for accepting in self._accepting:
             accepting.cancel()
-        for session in self._sessions.values():
+        for session in self._sessions:
             session.shut_down()
-        for client in self._clients - self._sessions.keys():
-            client.cancel()
+        for handshake in self._handshakes:
+            handshake.shut_down()
 
     async def _accept(self, group: asyncio.TaskGroup, listener: Listener) -> None:
         try:
@@ -72,7 +94,7 @@ class Server:
             if self._slots is not None:
                 await self._slots.acquire()
             try:
-                sock, _ = await loop.sock_accept(listener.sock)
+                sock, address = await loop.sock_accept(listener.sock)
             except BaseException as error:
                 if self._slots is not None:
                     self._slots.release()
@@ -81,6 +103,12 @@ class Server:
                 if error.errno not in (errno.ECONNABORTED, errno.EINTR):
                     logger.error("cannot accept a client on %s: %s", listener.uri(), error.strerror)
                     await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            if not is_allowed(sock.family, address, self._allowed):
+                logger.warning("client %s refused: no --allow range has it", _describe_peer(sock, listener))
+                sock.close()
+                if self._slots is not None:
+                    self._slots.release()
                 continue
             client = group.create_task(self._serve_client(sock, listener))
             self._clients.add(client)
@@ -110,24 +138,30 @@ class Server:
             logger.exception("client %s disconnected by an internal error", peer)
 
     async def _negotiate_and_serve(self, sock: socket.socket, peer: str) -> None:
+        handshake = Handshake(sock, self.exports)
+        self._handshakes.add(handshake)
         try:
-            agreed = await negotiate(sock, self.exports)
+            if self._stopping:
+                handshake.shut_down()
+            agreed = await handshake.run()
         except ConnectionError:
             agreed = None  # a probe, most likely: it did not wait for our greeting
+        finally:
+            self._handshakes.discard(handshake)
         if agreed is None:
             logger.debug("client %s left without choosing an export", peer)
             return
         negotiated, leftover = agreed
         export = self.exports.get(negotiated.export.name)
-        session = Session(sock, export, negotiated)
+        session = Session(sock, export, negotiated, self._budget)
         logger.info("client %s uses export %s", peer, export.name)
-        client = asyncio.current_task()
-        assert client is not None
-        self._sessions[client] = session
+        self._sessions.add(session)
         try:
+            if self._stopping:
+                session.shut_down()
             await session.run(leftover)
         finally:
-            del self._sessions[client]
+            self._sessions.discard(session)
         logger.info("client %s left export %s", peer, export.name)
 
 
@@ -140,10 +174,13 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A client whose machine has died says nothing; without this its session would stay for ever.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
 def _describe_peer(sock: socket.socket, listener: Listener) -> str:
-    if listener.path is not None:
+    if sock.family == socket.AF_UNIX:
         return f"on {listener.path}"
     try:
         host, port = sock.getpeername()[:2]

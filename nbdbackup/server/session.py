@@ -8,22 +8,31 @@ one send. Everything else becomes a task that awaits the device.
 A write whose payload is still arriving is written in pieces as they come, each an operation
 of its own: nobody was promised that an unanswered write is all or nothing.
 
+A READ is answered with holes where that pays: in place if all of it is zero, and by the device's
+word if a task has to be made for it anyway.
+
 Bounds (invariant 8): `REQUESTS_MAX` tasks, and `BYTES_MAX` bytes in their buffers and one request
 more; while they are used up, or while the client does not read its replies, nothing is received.
-One turn serves at most `TURN_BYTES_MAX`, so that other clients get theirs.
+What all sessions hold is bounded by the `SharedBudget`: a request with a large buffer starts only
+while there is room, and what has started goes on. One turn serves at most `TURN_BYTES_MAX`, so that
+other clients get theirs.
 """
 
 import asyncio
 import logging
 import socket
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from nbdbackup.block.device import ReadableBuffer
-from nbdbackup.nbd.constants import Command, Errno
+from nbdbackup.nbd.constants import STATUS_QUERY_BYTES_MAX, Command, Errno
 from nbdbackup.nbd.negotiation import Negotiated
-from nbdbackup.nbd.transmission import REQUEST_BYTES, Refusal, Request, Transmission
+from nbdbackup.nbd.requests import Refusal, Request
+from nbdbackup.nbd.transmission import Transmission
+from nbdbackup.server.budget import FREE_BYTES, SharedBudget
 from nbdbackup.server.buffers import REPLY_FLUSH_BYTES, ReceiveBuffer, ReplyBuffer
 from nbdbackup.server.exports import Export
-from nbdbackup.server.operations import explain, perform
+from nbdbackup.server.operations import HOLE_BYTES_MIN, explain, perform, tell_status
 from nbdbackup.server.payload import WHOLE_BYTES_MAX, Payload
 
 logger = logging.getLogger(__name__)
@@ -34,22 +43,33 @@ INLINE_READ_BYTES_MAX = 1 << 20
 TURN_BYTES_MAX = 4 << 20
 TURN_REQUESTS_MAX = 512
 SHUTDOWN_TIMEOUT_S = 10.0
-"""How long a client may leave replies unread once the server wants to end."""
+"""How long a client may leave replies unread, or go on asking, once the server wants to end."""
 
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
+_ZEROES = bytes(HOLE_BYTES_MIN)
 
 
 class Session:
     """Serves `export` on `sock` (connected, non-blocking) until the client leaves or must go."""
 
-    def __init__(self, sock: socket.socket, export: Export, negotiated: Negotiated) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        export: Export,
+        negotiated: Negotiated,
+        budget: SharedBudget | None = None,
+    ) -> None:
+        """Without `budget` it has one of its own."""
         # Set once.
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._export = export
         self._device = export.node
         self._protocol = Transmission(negotiated)
+        self._head_bytes = self._protocol.request_bytes
+        self._budget = SharedBudget() if budget is None else budget
         self._tasks: asyncio.TaskGroup
         # Changing while running.
         self._received = ReceiveBuffer()
@@ -57,6 +77,9 @@ class Session:
         self._payload: Payload | None = None
         self._in_flight: set[asyncio.Task[None]] = set()
         self._bytes_in_flight = 0
+        self._bytes_held = 0
+        self._lacks_room = False
+        self.last_progress = self._loop.time()
         self._no_more_requests = False
         self._was_told_goodbye = False
         self._stream_ended = False
@@ -66,6 +89,7 @@ class Session:
         self._is_writing = False
         self._turn_scheduled = False
         self._patience: asyncio.TimerHandle | None = None
+        self._is_patient = True
 
     async def run(self, leftover: bytes) -> None:
         """Serve; `leftover` was received behind the negotiation.
@@ -92,13 +116,14 @@ class Session:
             if self._patience is not None:
                 self._patience.cancel()
             self._export.clients.discard(self)
+            self._budget.leave(self)
             if not self._over.done():
                 self._over.set_result(None)
         if failure is not None:
             raise failure
 
     def shut_down(self) -> None:
-        """Finish what is in flight, answer what else has been received with ESHUTDOWN, and end."""
+        """Finish what is in flight, answer what else arrives meanwhile with ESHUTDOWN, and end."""
         self._shutting_down = True
         self._patience = self._loop.call_later(SHUTDOWN_TIMEOUT_S, self._lose_patience)
         self._schedule_turn()
@@ -107,8 +132,13 @@ class Session:
         """End now: what the device is doing is finished, but nothing more is answered."""
         self._end(ConnectionAbortedError(reason))
 
+    def wake(self) -> None:
+        """The shared budget has room again."""
+        self._schedule_turn()
+
     def _lose_patience(self) -> None:
         """Whoever does not read its replies must not keep the server from ending; a slow device may."""
+        self._is_patient = False
         if self._replies.is_blocked:
             self.disconnect("it does not read its replies, and the server is shutting down")
         else:
@@ -117,18 +147,25 @@ class Session:
     # Turns: whatever happens (bytes arrive, the socket takes more, a task ends) leads to one.
 
     def _on_readable(self) -> None:
+        if self._receive():
+            self._turn()
+
+    def _on_writable(self) -> None:
+        self.last_progress = self._loop.time()
+        self._turn()
+
+    def _receive(self) -> bool:
+        """Receive once; whether there is something new."""
         try:
             if not self._received.receive(self._sock):
                 self._stream_ended = True
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._end(error)
-            return
-        self._turn()
-
-    def _on_writable(self) -> None:
-        self._turn()
+            return False
+        self.last_progress = self._loop.time()
+        return True
 
     def _schedule_turn(self) -> None:
         if not self._turn_scheduled and not self._over.done():
@@ -156,13 +193,27 @@ class Session:
 
     def _settle(self) -> None:
         """Decide what to wait for next."""
-        is_paused = self._is_full() or self._replies.is_blocked
-        if (self._stream_ended or self._shutting_down) and not is_paused and not self._turn_scheduled:
+        was_full = self._lacks_room or self._is_full()
+        self._hold()
+        is_full = (self._lacks_room and self._budget.is_full) or self._is_full()
+        if is_full and self._budget.is_full:
+            self._budget.wait(self)
+        elif was_full and not is_full:
+            # Serving stopped for room that there is by now: no event will say so again.
+            self._schedule_turn()
+        is_paused = is_full or self._replies.is_blocked
+        if self._stream_ended and not is_paused and not self._turn_scheduled:
             # Every whole request that had arrived was taken.
             self._no_more_requests = True
-        if self._no_more_requests and not self._in_flight and self._replies.is_empty:
-            self._over.set_result(None)
-            return
+        if not self._in_flight and self._replies.is_empty and not is_paused and not self._turn_scheduled:
+            # On the way down, what has arrived is answered first: to close a socket with bytes in it
+            # would take away answers that the client has not read yet.
+            may_receive = self._shutting_down and self._is_patient and not self._no_more_requests
+            if may_receive and self._receive():
+                self._schedule_turn()
+            elif self._shutting_down or self._no_more_requests:
+                self._end(None)
+                return
         may_read = not (self._no_more_requests or self._stream_ended or self._turn_scheduled or is_paused)
         self._watch(reading=may_read, writing=self._replies.is_blocked)
 
@@ -180,7 +231,7 @@ class Session:
             else:
                 self._loop.remove_writer(self._sock)
 
-    def _end(self, failure: BaseException) -> None:
+    def _end(self, failure: BaseException | None) -> None:
         if not self._over.done():
             self._over.set_result(failure)
             self._watch(reading=False, writing=False)
@@ -188,13 +239,29 @@ class Session:
     # Serving.
 
     def _is_full(self) -> bool:
-        return len(self._in_flight) >= REQUESTS_MAX or self._bytes_in_flight >= BYTES_MAX
+        if not self._bytes_held and not self._in_flight:
+            return False
+        return (
+            len(self._in_flight) >= REQUESTS_MAX
+            or self._bytes_in_flight >= BYTES_MAX
+            or (self._bytes_held > FREE_BYTES and self._payload is None and self._budget.is_full)
+        )
+
+    def _hold(self) -> None:
+        """Tell the shared budget what is held now."""
+        held = self._bytes_in_flight + self._replies.queued_bytes
+        if self._payload is not None:
+            held += self._payload.request.length
+        if held != self._bytes_held:
+            self._bytes_held = held
+            self._budget.hold(self, held)
 
     def _serve_received(self) -> None:
         """Take requests from the receive buffer until it runs out, or a bound says stop."""
         received, replies = self._received, self._replies
-        unpack_request = self._protocol.unpack_request
+        unpack, head_bytes = self._protocol.unpack, self._head_bytes
         served_bytes = served_requests = 0
+        self._lacks_room = False
         while not (self._no_more_requests or replies.is_blocked or self._is_full()):
             if served_bytes > TURN_BYTES_MAX or served_requests > TURN_REQUESTS_MAX:
                 self._schedule_turn()
@@ -204,19 +271,31 @@ class Session:
                     return
                 self._finish_payload(self._payload)
                 continue
-            if received.end - received.start < REQUEST_BYTES:
+            if received.end - received.start < head_bytes:
                 return
-            request = unpack_request(received.data, received.start)
+            request = unpack(received.view, received.start)
+            if request.length > FREE_BYTES and self._must_wait(request):
+                return
             if request.command == _WRITE:
                 if not self._take_write(request):
                     return
+            elif request.flags and self._protocol.payload_bytes(request):
+                if not self._take_payload(request):
+                    return
             else:
-                received.start += REQUEST_BYTES
+                received.start += head_bytes
                 self._take_request(request)
             served_requests += 1
             served_bytes += request.length
             if replies.used >= REPLY_FLUSH_BYTES:
                 replies.send(self._sock)
+
+    def _must_wait(self, request: Request) -> bool:
+        """Whether `request`, a long one, has to wait for room in the shared budget."""
+        if request.command not in (_READ, _WRITE) or self._shutting_down or not self._budget.is_full:
+            return False
+        self._lacks_room = True
+        return True
 
     def _check(self, request: Request) -> Refusal | None:
         if self._shutting_down:
@@ -229,10 +308,12 @@ class Session:
         if request.command == Command.DISC:
             self._no_more_requests = self._was_told_goodbye = True
         elif refusal is not None:
-            self._replies.put(self._protocol.reply_error(request, *refusal))
+            self._replies.put(self._protocol.reply_error(request, refusal))
+        elif request.command == _BLOCK_STATUS:
+            self._start_status(request, tuple(self._protocol.contexts))
         elif request.command != _READ or not self._read_in_place(request):
             length = request.length if request.command == _READ else 0
-            self._start(request, length, b"")
+            self._start(partial(perform, self._device, self._protocol, request), length)
 
     def _read_in_place(self, request: Request) -> bool:
         """Read into the reply buffer, behind the reply's head, if the device can at once."""
@@ -248,22 +329,27 @@ class Session:
             if not self._device.read_nowait(request.offset, data):
                 return False
         except OSError as error:
-            replies.put(self._protocol.reply_error(request, *explain(error, request)))
+            replies.put(self._protocol.reply_error(request, explain(error, request)))
             return True
-        self._protocol.pack_read_head(replies.data, start, request)
+        if length >= HOLE_BYTES_MIN and not request.flags and self._protocol.has_chunks and _is_zero(data):
+            replies.put(self._protocol.hole(request, request.offset, length, done=True))
+            return True
+        self._protocol.pack_read_head(replies.view, start, request)
         replies.used = end
         return True
 
     def _take_write(self, request: Request) -> bool:
         """Write the payload if it is there, else begin to receive it; False: wait for more bytes."""
         received, length = self._received, request.length
-        head_end = received.start + REQUEST_BYTES
+        head_end = received.start + self._head_bytes
         in_place = not request.flags
         if head_end + length > received.end:
             if length <= WHOLE_BYTES_MAX:
                 return False
-            received.consume(REQUEST_BYTES)
+            self._protocol.payload_bytes(request)  # too much of it ends the connection
+            received.consume(self._head_bytes)
             self._payload = Payload(request, self._device, self._check(request), in_pieces=in_place)
+            self._hold()
             return True
         refusal = self._check(request)
         data = received.view[head_end : head_end + length]
@@ -273,34 +359,78 @@ class Session:
                     self._replies.put(self._protocol.reply_done(request))
                 else:
                     # The buffer is used again before the task has run.
-                    self._start(request, length, bytes(data))
+                    operation = partial(perform, self._device, self._protocol, request, bytes(data))
+                    self._start(operation, length)
             except OSError as error:
                 refusal = explain(error, request)
         if refusal is not None:
-            self._replies.put(self._protocol.reply_error(request, *refusal))
-        received.consume(REQUEST_BYTES + length)
+            self._replies.put(self._protocol.reply_error(request, refusal))
+        received.consume(self._head_bytes + length)
+        return True
+
+    def _take_payload(self, request: Request) -> bool:
+        """Take a request other than WRITE that has a payload (49, 52); False: wait for more bytes."""
+        received, length = self._received, request.length
+        if request.command == _BLOCK_STATUS and length <= STATUS_QUERY_BYTES_MAX:
+            start = received.start + self._head_bytes
+            if start + length > received.end:
+                return False
+            payload = bytes(received.view[start : start + length])
+            received.consume(self._head_bytes + length)
+            query = self._protocol.parse_status_query(request, payload)
+            refusal = query if isinstance(query, Refusal) else self._check(query.request)
+            if not isinstance(query, Refusal) and refusal is None:
+                self._start_status(*query)
+            else:
+                assert refusal is not None
+                self._replies.put(self._protocol.reply_error(request, refusal))
+            return True
+        received.consume(self._head_bytes)
+        refusal = self._check(request) or Refusal(Errno.EINVAL, f"a payload of {length} bytes is too long")
+        self._payload = Payload(request, self._device, refusal, in_pieces=False)
         return True
 
     def _finish_payload(self, payload: Payload) -> None:
         self._payload = None
         if payload.refusal is not None:
-            self._replies.put(self._protocol.reply_error(payload.request, *payload.refusal))
+            self._replies.put(self._protocol.reply_error(payload.request, payload.refusal))
         elif payload.collected is not None:
-            self._start(payload.request, len(payload.collected), payload.collected)
+            operation = partial(perform, self._device, self._protocol, payload.request, payload.collected)
+            self._start(operation, len(payload.collected))
         else:
             self._replies.put(self._protocol.reply_done(payload.request))
 
-    def _start(self, request: Request, buffer_bytes: int, data: ReadableBuffer) -> None:
-        self._bytes_in_flight += buffer_bytes
-        task = self._tasks.create_task(self._perform(request, buffer_bytes, data))
-        self._in_flight.add(task)
+    def _start_status(self, request: Request, ids: Sequence[int]) -> None:
+        self._start(partial(tell_status, self._export.contexts, self._protocol, request, ids), 0)
 
-    async def _perform(self, request: Request, buffer_bytes: int, data: ReadableBuffer) -> None:
+    def _start(self, operation: Callable[[], Awaitable[Sequence[ReadableBuffer]]], buffer_bytes: int) -> None:
+        """Run `operation`, whose buffers have `buffer_bytes`, and send the reply that it returns."""
+        self._bytes_in_flight += buffer_bytes
+        task = self._tasks.create_task(self._finish(operation, buffer_bytes))
+        self._in_flight.add(task)
+        if buffer_bytes:
+            self._hold()
+
+    async def _finish(
+        self, operation: Callable[[], Awaitable[Sequence[ReadableBuffer]]], buffer_bytes: int
+    ) -> None:
         try:
-            self._replies.put(await perform(self._device, self._protocol, request, data))
+            self._replies.put_pieces(await operation())
         finally:
             task = asyncio.current_task()
             assert task is not None
             self._in_flight.discard(task)
             self._bytes_in_flight -= buffer_bytes
             self._schedule_turn()
+
+
+def _is_zero(data: memoryview) -> bool:
+    """Whether `data`, at least `HOLE_BYTES_MIN` long, is all zero; quick to say no."""
+    if data[0] or data[-1]:
+        return False
+    step = len(_ZEROES)
+    whole = len(data) // step * step
+    # The last piece overlaps: then each is as long as the zeroes that it is compared with.
+    return bytes(data[-step:]) == _ZEROES and all(
+        bytes(data[start : start + step]) == _ZEROES for start in range(0, whole, step)
+    )

@@ -111,6 +111,36 @@ class ReadSuite:
         assert await read(device, size - 513, 513) == bytes(509) + b"tail"
         assert await read(device, 0, 65536) == bytes(65536)
 
+    async def test_sparse_read_agrees_with_read_wherever_it_does_not_say_zero(
+        self, make_device: MakeDevice
+    ) -> None:
+        size = MIB
+        content = {0: b"x", 131_071: b"yy", 300_000: bytes(5000) + b"z" * 70_000, size - 1: b"t"}
+        device = await make_device(size, content)
+        for area in (*probe_extents(size), Extent(131_072, 500_000), Extent(1, size - 1)):
+            if not area.length:
+                continue
+            buffer = bytearray(b"\xee" * area.length)
+            async with asyncio.timeout(LIMIT_S):
+                extents = await device.read_sparse(area.offset, buffer)
+            assert sum(extent.length for extent in extents) == area.length
+            assert all(one.flags != other.flags for one, other in itertools.pairwise(extents))
+            position = 0
+            for extent in extents:
+                assert extent.length > 0
+                if extent.flags & Allocation.ZERO:
+                    buffer[position : position + extent.length] = bytes(extent.length)
+                position += extent.length
+            assert bytes(buffer) == await read(device, area.offset, area.length)
+
+    async def test_allocation_depth_covers_the_range(self, make_device: MakeDevice) -> None:
+        device = await make_device(MIB, {131_071: b"yy"})
+        for area in (Extent(0, MIB), Extent(1, 1), Extent(MIB - 1, 1)):
+            async with asyncio.timeout(LIMIT_S):
+                answer = await device.allocation_depth(area.offset, area.length)
+            assert 1 <= sum(extent.length for extent in answer) <= area.length
+            assert all(extent.length > 0 and extent.status >= 0 for extent in answer)
+
     async def test_block_status_covers_the_range_and_claims_zero_only_for_zeroes(
         self, make_device: MakeDevice
     ) -> None:

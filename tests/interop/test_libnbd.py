@@ -22,7 +22,7 @@ def test_nbdinfo_sees_what_the_export_can_do(tmp_path: Path, serve: ServeFunctio
     assert info["structured"]
     assert export["export-size"] == MIB + 1
     assert export["description"] == "a disk of tests"
-    assert export["contexts"] == ["base:allocation"]
+    assert export["contexts"] == ["base:allocation", "qemu:allocation-depth"]
     abilities = ("can_cache", "can_df", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero")
     assert all(export[ability] for ability in abilities)
     assert not export["is_read_only"]

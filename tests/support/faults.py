@@ -76,6 +76,10 @@ class FaultyDevice(FilterDevice):
         self._arrive("read", offset, len(buffer))
         await self.child.read(offset, buffer)
 
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        self._arrive("read", offset, len(buffer))
+        return await self.child.read_sparse(offset, buffer)
+
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
         if fault := self._arrive("write", offset, len(data)):
             await self.child.write(offset, memoryview(data)[: len(data) // 2])

@@ -119,6 +119,11 @@ class GatedDevice(FilterDevice):
         async with self._gate("read", offset, len(buffer)):
             await self.child.read(offset, buffer)
 
+    async def read_sparse(self, offset: int, buffer: WritableBuffer) -> list[StatusExtent]:
+        async with self._gate("read", offset, len(buffer)):
+            return await self.child.read_sparse(offset, buffer)
+        raise AssertionError("the gate lets through or raises")
+
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
         async with self._gate("write", offset, len(data)):
             await self.child.write(offset, data, fua)

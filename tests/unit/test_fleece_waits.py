@@ -39,14 +39,15 @@ def check_view(seen: bytes, expected: bytes) -> None:
         raise NewerData
 
 
-async def write_while_view_reads_the_source() -> None:
+async def write_while_view_reads_the_source(sparse: bool = False) -> None:
     """A view's read is in the source when a client writes to the same cluster."""
     disk = Disk()
     before = disk.content
     taken = await disk.take()
     disk.source.kinds.add("read")
     buffer = bytearray(CLUSTER)
-    reading = start(taken.view.read(0, buffer))
+    read = taken.view.read_sparse if sparse else taken.view.read
+    reading: asyncio.Task[object] = start(read(0, buffer))
     frozen_read = await disk.source.wait_pending("read")
     writing = start(disk.node.write(100, b"new"))
     # The client's own copy-before-write read.
@@ -159,11 +160,19 @@ async def write_waits_for_a_failing_copy() -> None:
     check_view(await taken.read(), before)
 
 
+async def write_while_view_reads_the_source_sparsely() -> None:
+    """The same while the view's read looks for holes, too."""
+    await write_while_view_reads_the_source(sparse=True)
+
+
 Scenario = Callable[[], Awaitable[None]]
 
 
 CASES = [
     pytest.param(write_while_view_reads_the_source, without_frozen_read_wait, id="frozen-reads"),
+    pytest.param(
+        write_while_view_reads_the_source_sparsely, without_frozen_read_wait, id="frozen-sparse-reads"
+    ),
     pytest.param(write_in_flight_at_the_point_in_time, without_drain, id="drain"),
     pytest.param(several_nodes_share_one_instant, without_common_instant, id="drain-together"),
     pytest.param(write_while_a_job_copies_the_cluster, without_copy_wait, id="copy-in-flight"),

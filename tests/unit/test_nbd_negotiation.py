@@ -132,7 +132,7 @@ def test_06_several_options_in_one_packet_are_answered_in_order() -> None:
     ]
 
 
-@pytest.mark.parametrize("code", [0, wire.PEEK_EXPORT, wire.EXTENDED_HEADERS, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("code", [0, wire.PEEK_EXPORT, 12, 0xFFFFFFFF])
 @pytest.mark.parametrize("payload", [b"", b"x", wire.option(wire.ABORT), bytes(300_000)])
 def test_07_unknown_option_is_consumed_and_refused_in_step(code: int, payload: bytes) -> None:
     server = begin()
@@ -645,3 +645,80 @@ def test_garbage_ends_only_in_a_protocol_error(data: bytes, begun: bool, code: i
     with contextlib.suppress(ProtocolError):
         server.receive(data)
     assert len(server._pending) <= max(len(data), OPTION_BUFFER_BYTES_MAX)
+
+
+# Extended headers and block sizes.
+
+
+def ask_extended(catalog: Catalog | None = None) -> ServerNegotiation:
+    server = begin(catalog=catalog)
+    assert wire.kinds(ask(server, wire.EXTENDED_HEADERS)) == [wire.ACK]
+    return server
+
+
+def test_46_extended_headers_are_granted_with_and_without_structured_replies() -> None:
+    for server in (ask_extended(), ask_structured()):
+        assert wire.kinds(ask(server, wire.EXTENDED_HEADERS)) == [wire.ACK]
+        told = infos(ask(server, wire.GO, wire.info_payload("disk")))
+        flags = struct.unpack(">QH", told[wire.INFO_EXPORT])[1]
+        assert flags == FLAGS_TOLD | SEND_DF | 1 << 12
+        assert server.result is not None
+        assert server.result.extended_headers
+        assert server.result.structured_replies
+
+
+def test_46_extended_headers_with_data_are_invalid_and_keep_step() -> None:
+    server = begin()
+    assert_error(ask(server, wire.EXTENDED_HEADERS, b"x"), wire.ERR_INVALID)
+    assert_in_step(server)
+    infos(ask(server, wire.GO, wire.info_payload("disk")))
+    assert server.result is not None
+    assert not server.result.extended_headers
+
+
+def test_46_structured_replies_after_extended_headers_are_refused() -> None:
+    server = ask_extended()
+    assert_error(ask(server, wire.STRUCTURED_REPLY), wire.ERR_EXT_HEADER_REQD)
+    assert_in_step(server)
+
+
+def test_47_export_name_after_extended_headers_disconnects() -> None:
+    with pytest.raises(HandshakeError, match="EXPORT_NAME after EXTENDED_HEADERS"):
+        ask_extended().receive(wire.option(wire.EXPORT_NAME, b"disk"))
+
+
+def test_40_extended_headers_are_enough_for_meta_contexts() -> None:
+    server = ask_extended()
+    assert contexts(ask(server, wire.SET_META_CONTEXT, SET_BASE)) == [(1, "base:allocation")]
+    assert selected_at_go(server, "disk") == ((1, "base:allocation"),)
+
+
+def test_53_wide_contexts_are_hidden_without_extended_headers() -> None:
+    wide = replace(DISK, wide_contexts=frozenset({"qemu:dirty-bitmap:b0"}))
+    payload = wire.meta_payload("disk", ["qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:b1"])
+    for server, expected in (
+        (ask_structured(catalog=Catalog([wide])), 1),
+        (ask_extended(Catalog([wide])), 2),
+    ):
+        assert len(contexts(ask(server, wire.SET_META_CONTEXT, payload))) == expected
+        names = [name for _, name in contexts(ask(server, wire.LIST_META_CONTEXT, wire.meta_payload("disk")))]
+        assert ("qemu:dirty-bitmap:b0" in names) == (expected == 2)
+
+
+@pytest.mark.parametrize("code", [wire.INFO, wire.GO])
+def test_35_large_minimum_is_insisted_on_only_to_clients_that_did_not_ask(code: int) -> None:
+    coarse = replace(DISK, block_size_min=4096)
+    server = begin(catalog=Catalog([coarse]))
+    answers = ask(server, code, wire.info_payload("disk", [wire.INFO_NAME]))
+    assert wire.kinds(answers) == [wire.INFO_REPLY, wire.ERR_BLOCK_SIZE_REQD]
+    assert answers[0].payload == struct.pack(">HIII", 3, 4096, 4096, 32 << 20)
+    assert b"4096" in answers[1].payload
+    assert server.result is None
+    infos(ask(server, code, wire.info_payload("disk", [wire.INFO_BLOCK_SIZE])))
+    assert (server.result is not None) == (code == wire.GO)
+
+
+def test_35_a_sector_is_not_insisted_on() -> None:
+    server = begin(catalog=Catalog([replace(DISK, block_size_min=512)]))
+    infos(ask(server, wire.GO, wire.info_payload("disk")))
+    assert server.result is not None

@@ -4,7 +4,8 @@ import pytest
 
 from nbdbackup.nbd.constants import Command, CommandFlags, Errno, TransmissionFlags
 from nbdbackup.nbd.negotiation import ExportInfo, Negotiated
-from nbdbackup.nbd.transmission import Request, Transmission
+from nbdbackup.nbd.requests import Request
+from nbdbackup.nbd.transmission import Transmission
 
 EVERYTHING = (
     TransmissionFlags.HAS_FLAGS
@@ -49,7 +50,7 @@ def test_76_fua_is_accepted_on_any_command_where_it_is_offered(command: int) -> 
 @pytest.mark.parametrize("command", [8, 9, 255, 0xFFFF])
 def test_77_unknown_command_is_invalid_and_has_no_payload(command: int) -> None:
     assert error_of(transmission(), command, 0, 512) is Errno.EINVAL
-    assert Request(0, command, 7, 0, 512).payload_bytes == 0
+    assert transmission().payload_bytes(Request(0, command, 7, 0, 512)) == 0
 
 
 @pytest.mark.parametrize(

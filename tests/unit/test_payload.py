@@ -8,7 +8,7 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.extents import Extent
 from nbdbackup.nbd.constants import Command, Errno
-from nbdbackup.nbd.transmission import Refusal, Request
+from nbdbackup.nbd.requests import Refusal, Request
 from nbdbackup.server.buffers import ReceiveBuffer
 from nbdbackup.server.payload import PIECE_ALIGN_BYTES, PIECE_BYTES_MIN, Payload
 from tests.support.faults import FaultyDevice
@@ -33,7 +33,7 @@ def feed(target: Payload, data: bytes, step: int) -> int:
     for start in range(0, len(data), step):
         if received.start == received.end:
             received.start = received.end = 0
-        elif received.end + step > len(received.data):
+        elif received.end + step > len(received.view):
             received._compact()
         received.put(data[start : start + step])
         if target.feed(received):
@@ -111,6 +111,6 @@ def test_a_failure_in_the_middle_is_kept_and_the_rest_thrown_away() -> None:
 
     target = payload(FullAt(SIZE))
     assert feed(target, DATA + b"next", 100_000) == 4
-    assert target.refusal == (Errno.ENOSPC, "full")
+    assert target.refusal == Refusal(Errno.ENOSPC, "full")
     assert target.collected is None
     assert not any(memory.data[MIB // 2 :])

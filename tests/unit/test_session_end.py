@@ -233,7 +233,9 @@ async def test_shutdown_does_not_wait_for_the_rest_of_a_write() -> None:
 
 async def test_shutdown_gives_up_on_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "SHUTDOWN_TIMEOUT_S", 0.01)
-    async with serving(export_of(MemoryDevice(SIZE)), socket_bytes=64 * KIB) as served:
+    memory = MemoryDevice(SIZE)
+    memory.data[:] = b"x" * SIZE
+    async with serving(export_of(memory), socket_bytes=64 * KIB) as served:
         for _ in range(8):
             await served.client.ask(Command.READ, 0, MIB)
         await settle()
