@@ -16,12 +16,22 @@ from typing import TypeVar
 
 from qemu.qmp import EventListener
 
+from nbdbackup.block.open import is_remote
 from nbdbackup.cli import interrupts, progress
 from nbdbackup.cli.control import CommandError, Control, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.interrupts import Interrupts
 from nbdbackup.cli.output import print_json_line, say
-from nbdbackup.cli.parser import Verbs, add_control, add_on_cbw_error, control_path, count, only, size
+from nbdbackup.cli.parser import (
+    Verbs,
+    absolute_place,
+    add_control,
+    add_on_cbw_error,
+    control_path,
+    count,
+    only,
+    size,
+)
 from nbdbackup.cli.progress import Progress
 from nbdbackup.cli.replies import StartedBackup
 from nbdbackup.cli.sizes import format_size
@@ -39,7 +49,8 @@ DESCRIPTION = """\
 Copy NODE, as it is at the moment when the command is accepted, to TARGET, while clients go
 on writing. TARGET is a new raw file: the copy is called TARGET.partial until it is complete
 and on stable storage, so a file called TARGET is a whole backup. An existing file is never
-touched, unless -n is given.
+touched, unless -n is given. Or TARGET is the URI of another NBD server's export, of NODE's
+size: that is overwritten in place, as with -n.
 
 Ctrl-C asks whether to detach (the job goes on) or to cancel it; with no terminal it cancels,
 and so does SIGTERM. The exit status is the job's: 0 complete, 1 failed, 130 interrupted."""
@@ -47,7 +58,7 @@ and so does SIGTERM. The exit status is the job's: 0 complete, 1 failed, 130 int
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
-    """What `backup` was told; `target` is absolute."""
+    """What `backup` was told; `target` is absolute, or a URI."""
 
     control: Path
     json: bool
@@ -88,10 +99,12 @@ class BackupOptions:
 def add_parser(verbs: Verbs) -> None:
     """Add `backup`."""
     parser = verbs.add_parser(
-        "backup", help="copy a node's present point in time to a file or device", description=DESCRIPTION
+        "backup",
+        help="copy a node's present point in time to a file, a device or another NBD server",
+        description=DESCRIPTION,
     )
     parser.add_argument("node", metavar="NODE")
-    parser.add_argument("target", metavar="TARGET", help="a path, as this machine sees it")
+    parser.add_argument("target", metavar="TARGET", help="a path, as this machine sees it, or an NBD URI")
     parser.add_argument(
         "--sync",
         type=only("sync mode", "full", ("top", "incremental", "bitmap", "none")),
@@ -130,7 +143,8 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         metavar="auto|none|DIR",
         help="where the old contents go that a client's write is about to replace. none: straight to TARGET, "
-        "so a slow TARGET slows clients. DIR: a file in DIR. auto (default): none for local targets",
+        "so a slow TARGET slows clients. DIR: a file in DIR. auto (default): none for a path, the server's "
+        "state directory for a URI",
     )
     parser.add_argument(
         "--scratch-max",
@@ -167,11 +181,8 @@ def backup_options(namespace: argparse.Namespace) -> BackupOptions:
     Raises:
         UsageError: one asks for what this version does not do, or for the impossible.
     """
-    if namespace.target.partition("://")[1]:
-        raise UsageError(
-            f"this version does not write to remote targets yet, only to paths: {namespace.target}"
-        )
-    if namespace.target.endswith("/"):
+    remote = is_remote(namespace.target)
+    if namespace.target.endswith("/") and not remote:
         raise UsageError(
             f"this version does not make chains of backups yet; TARGET is a file: {namespace.target}"
         )
@@ -184,8 +195,8 @@ def backup_options(namespace: argparse.Namespace) -> BackupOptions:
         control=control_path(namespace.control),
         json=namespace.json,
         node=namespace.node,
-        target=os.path.abspath(namespace.target),
-        existing=namespace.existing,
+        target=absolute_place(namespace.target),
+        existing=namespace.existing or remote,
         speed=namespace.rate,
         workers=namespace.workers,
         scratch=scratch if scratch in ("auto", "none") else os.path.abspath(scratch),

@@ -6,11 +6,13 @@ Also what several verbs share: `--control`, `--json`, `-v`, and argument types.
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
 
 from nbdbackup.cli.sizes import parse_size
 from nbdbackup.errors import UsageError
+from nbdbackup.nbd import uri as nbd_uri
 
 T = TypeVar("T")
 
@@ -88,6 +90,20 @@ def only(name: str, supported: str, known: tuple[str, ...]) -> Callable[[str], s
         raise UsageError(f"'{text}' is no {name}; this version has only '{supported}'")
 
     return argument_type(convert, name)
+
+
+def absolute_place(text: str) -> str:
+    """`text`, a path or an NBD URI, as it is meant in any working directory.
+
+    Raises:
+        UsageError: it is a URI, but not one of NBD, or not a usable one.
+    """
+    if "://" not in text or text.startswith(("/", "./")):
+        return os.path.abspath(text)
+    place = nbd_uri.parse(text)
+    if place.socket_path is not None:
+        place = replace(place, socket_path=os.path.abspath(place.socket_path))
+    return str(place)
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:

@@ -7,22 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from nbdbackup import daemon
+from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
+from nbdbackup.block.open import is_remote
 from nbdbackup.cli import logs
 from nbdbackup.cli.failures import guarded
 from nbdbackup.cli.fork import run_detached
 from nbdbackup.cli.parser import (
     Parser,
     Verbs,
+    absolute_place,
     add_verbose,
     argument_type,
     control_path,
     count,
     only,
+    seconds,
     state_directory,
 )
 from nbdbackup.daemon import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, UnixAddress
 from nbdbackup.daemon.systemd import take_inherited_sockets
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
+from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.server.listener import parse_range
 
 DEFAULT_HOST = "127.0.0.1"
@@ -32,12 +37,14 @@ DESCRIPTION_BYTES_MAX = 4096
 SOCKET_PATH_BYTES_MAX = 107
 
 DESCRIPTION = """\
-Serve files and block devices over NBD until stopped by SIGTERM or SIGINT.
+Serve files, block devices and exports of other NBD servers over NBD, until stopped by SIGTERM
+or SIGINT.
 
-Client writes go to SOURCE itself. SOURCE is locked against other writers (another
-nbdbackup, QEMU, qemu-nbd). Prints 'listening on URI' for every address once clients
-can connect. There is no encryption and no authentication: whoever can connect can read
-and write, so a TCP address other than this machine's own needs a network you trust.
+Client writes go to SOURCE itself. A local SOURCE is locked against other writers (another
+nbdbackup, QEMU, qemu-nbd); a remote one cannot be: let nobody else write to it. Prints
+'listening on URI' for every address once clients can connect. There is no encryption and
+no authentication: whoever can connect can read and write, so a TCP address other than
+this machine's own needs a network you trust.
 
 Started by systemd with sockets of its own (LISTEN_FDS), it serves on those, and prints nothing."""
 
@@ -54,8 +61,9 @@ def add_parser(verbs: Verbs) -> None:
         "sources",
         nargs="+",
         metavar="[NAME=]SOURCE",
-        help="a raw file or a block device; NAME, of the node and the export, defaults to the file's name "
-        "without its extension (for a path with '=' in it: NAME=PATH or ./PATH)",
+        help="a raw file, a block device or an export of another NBD server (nbd://HOST[:PORT]/EXPORT, "
+        "nbd+unix:///EXPORT?socket=PATH); NAME, of the node and the export, defaults to the file's name "
+        "without its extension, or to the other export's (for a path with '=' in it: NAME=PATH or ./PATH)",
     )
     parser.add_argument("-x", "--export-name", metavar="NAME", help="the NAME, when there is one SOURCE")
     parser.add_argument(
@@ -85,6 +93,15 @@ def add_parser(verbs: Verbs) -> None:
         choices=("unmap", "ignore"),
         default="unmap",
         help="unmap (default): trims give space back; ignore: they do nothing, and zeroes stay allocated",
+    )
+    parser.add_argument(
+        "--reconnect-delay",
+        type=seconds,
+        default=RECONNECT_DELAY_S,
+        metavar="SECONDS",
+        help="when the server of a remote SOURCE or of a backup's target goes away, requests wait so long "
+        f"for it to come back, and are done again then; after that they fail (default {RECONNECT_DELAY_S:g}; "
+        "0: they fail at once)",
     )
     parser.add_argument(
         "--state-dir",
@@ -198,6 +215,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         clients_max=namespace.shared,
         description=namespace.description,
         discard=namespace.discard,
+        reconnect_delay_s=namespace.reconnect_delay,
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,
         exit_on_last=namespace.exit_on_last,
@@ -224,16 +242,12 @@ def _source(argument: str, export_name: str | None, image_format: str | None) ->
         raise UsageError(f"'{argument}' has an empty NAME before its '='")
     if not path:
         raise UsageError(f"'{argument}' names no file: NAME=SOURCE")
-    scheme, separator, _ = path.partition("://")
-    if separator and scheme.removesuffix("+unix") in ("nbd", "nbds"):
-        raise UsageError(
-            f"this version does not serve remote disks yet, only files and block devices: {path}"
-        )
     if name and export_name is not None:
         raise UsageError(f"-x/--export-name and the NAME in '{argument}' contradict each other")
-    name = export_name or name or Path(path).stem
+    place = absolute_place(path)
+    name = export_name or name or (nbd_uri.parse(place).export if is_remote(place) else Path(path).stem)
     _check_name(name, path)
-    return SourceSpec(name, os.path.abspath(path), image_format)
+    return SourceSpec(name, place, image_format)
 
 
 def _check_name(name: str, path: str) -> None:

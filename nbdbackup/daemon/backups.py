@@ -2,10 +2,13 @@
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node, drained
-from nbdbackup.daemon.graph import Graph, refuse_same_file
+from nbdbackup.block.open import is_remote
+from nbdbackup.daemon.graph import Graph, is_same_server, refuse_same_file
 from nbdbackup.errors import ConflictError, UsageError
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import open_scratch
@@ -24,9 +27,20 @@ CLUSTER_BYTES_MAX = 64 << 20
 class Backups:
     """Implements the monitor's `BackupService`."""
 
-    def __init__(self, graph: Graph, jobs: JobRegistry) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        jobs: JobRegistry,
+        scratch_directory: Path,
+        remote: RemoteOptions,
+        own_uris: Callable[[], Sequence[str]],
+    ) -> None:
+        """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on."""
         self._graph = graph
         self._jobs = jobs
+        self._scratch_directory = scratch_directory
+        self._remote = remote
+        self._own_uris = own_uris
 
     async def start(self, request: BackupRequest) -> str:
         """Take the point in time and start the job; its id."""
@@ -41,7 +55,7 @@ class Backups:
             await _give_up(target)
             raise
         try:
-            await _take_point_in_time(job, request)
+            await self._take_point_in_time(job, request)
         except BaseException:
             self._jobs.discard(job)
             await _give_up(target)
@@ -64,10 +78,20 @@ class Backups:
         target = request.target
         if isinstance(target, TargetNode):
             return self._existing_node(node, target.node)
-        if not os.path.isabs(target.path):
+        if is_remote(target.path):
+            self._refuse_own(node, target.path)
+        elif not os.path.isabs(target.path):
             raise UsageError(f"{target.path} is no absolute path")
         refuse_same_file(node.root, target.path)
-        return await open_target(target.path, node.size, existing=target.existing)
+        return await open_target(target.path, node.size, existing=target.existing, remote=self._remote)
+
+    def _refuse_own(self, node: Node, uri: str) -> None:
+        if str(node.root) == uri:
+            raise UsageError("Source and target cannot be the same")
+        for own in self._own_uris():
+            # It could be the source by another name, and writing to that would destroy it.
+            if is_same_server(uri, own):
+                raise UsageError(f"{uri} is an export of this very server: choose another target")
 
     def _existing_node(self, node: Node, name: str) -> Target:
         entry = self._graph.entry(name)
@@ -81,6 +105,30 @@ class Backups:
         if entry.node.size != node.size:
             raise UsageError("Source and target image have different sizes")
         return ExistingTarget(entry.node, users=entry.users)
+
+    async def _take_point_in_time(self, job: BackupJob, request: BackupRequest) -> None:
+        place = self._scratch_place(request)
+        if place is None:
+            async with drained(job.node):
+                job.hold_direct()
+            return
+        title = f"scratch of backup {job.id}"
+        scratch = open_scratch(place, job.node.size, CLUSTER_BYTES_DEFAULT, request.scratch_bytes_max, title)
+        plan = SnapshotPlan(job.node, job.id, scratch, request.on_cbw_error, job.options.cbw_timeout_s)
+        try:
+            [snapshot] = await take_snapshots([plan])
+        except BaseException:
+            await scratch.close()
+            raise
+        job.hold_fleecing(snapshot)
+
+    def _scratch_place(self, request: BackupRequest) -> Path | None:
+        """Where old clusters are saved; None: straight in the target."""
+        if request.scratch not in ("none", "auto"):
+            return Path(request.scratch)
+        # Across a network, every client write would wait for the target.
+        remote = not isinstance(request.target, TargetNode) and is_remote(request.target.path)
+        return self._scratch_directory if request.scratch == "auto" and remote else None
 
 
 def _options(request: BackupRequest) -> BackupOptions:
@@ -106,28 +154,6 @@ def _options(request: BackupRequest) -> BackupOptions:
         auto_finalize=request.auto_finalize,
         auto_dismiss=request.auto_dismiss,
     )
-
-
-async def _take_point_in_time(job: BackupJob, request: BackupRequest) -> None:
-    # "auto" is direct too: every target of this version is local.
-    if request.scratch in ("none", "auto"):
-        async with drained(job.node):
-            job.hold_direct()
-        return
-    scratch = open_scratch(
-        Path(request.scratch),
-        job.node.size,
-        CLUSTER_BYTES_DEFAULT,
-        request.scratch_bytes_max,
-        f"scratch of backup {job.id}",
-    )
-    plan = SnapshotPlan(job.node, job.id, scratch, request.on_cbw_error, job.options.cbw_timeout_s)
-    try:
-        [snapshot] = await take_snapshots([plan])
-    except BaseException:
-        await scratch.close()
-        raise
-    job.hold_fleecing(snapshot)
 
 
 async def _give_up(target: Target) -> None:

@@ -10,7 +10,10 @@ from nbdbackup.block.node import Node
 from nbdbackup.block.open import open_device
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode
+from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.server.exports import ExportTable
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 BLOCK_BYTES = 512
 """The unit of `st_blocks`."""
@@ -144,6 +147,16 @@ def refuse_same_file(source: BlockDevice, path: str) -> None:
     same_device = ours.st_rdev and ours.st_rdev == theirs.st_rdev
     if os.path.samestat(ours, theirs) or same_device:
         raise UsageError("Source and target cannot be the same")
+
+
+def is_same_server(uri: str, own: str) -> bool:
+    """Whether `uri` leads to the listener of this machine whose URI is `own`."""
+    one, other = nbd_uri.parse(uri), nbd_uri.parse(own)
+    if one.socket_path is not None and other.socket_path is not None:
+        return os.path.realpath(one.socket_path) == os.path.realpath(other.socket_path)
+    if one.host is None or other.host is None or one.port != other.port:
+        return False
+    return one.host in (other.host, *LOOPBACK)
 
 
 def _allocated(device: BlockDevice) -> int | None:

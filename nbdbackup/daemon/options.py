@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.server.listener import AddressRange
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """One disk to serve: the node and export `name`, from `path` in `format`."""
+    """One disk to serve: the node and export `name`, from `path` (a path or an NBD URI) in `format`."""
 
     name: str
     path: str
@@ -58,6 +59,8 @@ class ServeOptions:
     description: str = ""
     discard: str = "unmap"
     """"unmap", or "ignore": trim does nothing and zeroes stay allocated."""
+    reconnect_delay_s: float = RECONNECT_DELAY_S
+    """How long requests to a remote source or target wait for its server to come back; 0: not at all."""
     pid_file: Path | None = None
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
-from nbdbackup.block.open import open_device
+from nbdbackup.block.nbd_session import RemoteOptions
+from nbdbackup.block.open import is_remote, open_device
 from nbdbackup.daemon.backups import Backups
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
@@ -91,7 +92,8 @@ async def _run(
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        services = Services(jobs, snapshots, Backups(graph, jobs), graph, stop.request_by_qmp)
+        backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
+        services = Services(jobs, snapshots, backups, graph, stop.request_by_qmp)
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
@@ -164,13 +166,19 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
             source.format,
             read_only=read_only,
             discard=options.discard == "unmap",
+            remote=_remote_options(options),
         )
         try:
-            node = graph.insert(source.name, device, "raw", source.path, read_only)
+            driver = "nbd" if is_remote(source.path) else "raw"
+            node = graph.insert(source.name, device, driver, source.path, read_only)
         except BaseException:
             await device.close()
             raise
         exports.add(Export(source.name, node, options.description, read_only))
+
+
+def _remote_options(options: ServeOptions) -> RemoteOptions:
+    return RemoteOptions(reconnect_delay_s=options.reconnect_delay_s)
 
 
 def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:

@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.file import FileDevice
-from nbdbackup.block.open import open_device
+from nbdbackup.block.nbd_session import RemoteOptions
+from nbdbackup.block.open import is_remote, open_device
 from nbdbackup.errors import ConflictError, DeviceError, UsageError
 
 BACKUP_USER = "a backup's target"
@@ -126,15 +127,17 @@ class NewFileTarget(Target):
                 pass
 
 
-async def open_target(path: str, size: int, *, existing: bool) -> Target:
+async def open_target(path: str, size: int, *, existing: bool, remote: RemoteOptions | None = None) -> Target:
     """Open the target of a backup of `size` bytes: a new file, or with `existing` what is there.
+
+    An NBD URI always stands for what is there; it is used as `remote` says.
 
     Raises:
         UsageError: an existing target has another size. Others: see `NewFileTarget` and `open_device`.
     """
-    if not existing:
+    if not existing and not is_remote(path):
         return NewFileTarget(path, size)
-    device = await open_device(path, "raw")
+    device = await open_device(path, "raw", remote=remote)
     if device.size != size:
         await device.close()
         raise UsageError(

@@ -2,6 +2,7 @@
 
 import os
 
+from nbdbackup.block.open import is_remote
 from nbdbackup.errors import UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
@@ -71,8 +72,10 @@ async def query_snapshots(services: Services, arguments: NoArguments) -> Json:
 @command("x-nbdbackup-backup", BackupArguments)
 async def backup(services: Services, arguments: BackupArguments) -> Json:
     arguments.sync.check_served()
-    if not os.path.isabs(arguments.target):
-        raise UsageError(f"Parameter 'target' expects an absolute path, not '{arguments.target}'")
+    if not os.path.isabs(arguments.target) and not is_remote(arguments.target):
+        raise UsageError(
+            f"Parameter 'target' expects an absolute path or an NBD URI, not '{arguments.target}'"
+        )
     if arguments.speed < 0:
         raise UsageError("Parameter 'speed' expects a non-negative value")
     if not 1 <= arguments.workers <= WORKERS_MAX:

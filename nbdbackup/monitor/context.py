@@ -62,7 +62,7 @@ class SnapshotService(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TargetPath:
-    """Write the backup to this absolute path: a new file, or `existing` as it is."""
+    """Write the backup to this absolute path: a new file, or `existing` as it is; or to this NBD URI."""
 
     path: str
     existing: bool = False
@@ -92,7 +92,7 @@ class BackupRequest:
     """0: as the engine and the target like; else a power of two."""
     use_copy_range: bool = True
     scratch: str = "none"
-    """"none": direct; "auto": direct to local files, else scratch; or a directory."""
+    """"none": direct; "auto": direct but for a URI, then in the state directory; or a directory."""
     scratch_bytes_max: int | None = None
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     auto_finalize: bool = True

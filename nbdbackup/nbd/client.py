@@ -13,19 +13,15 @@ Source: the NBD specification, "Handshake phase"; the messages are those of the 
 """
 
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from nbdbackup.errors import NbdBackupError, NotFoundError, ProtocolError
 from nbdbackup.nbd import layout, messages
+from nbdbackup.nbd.client_options import OptionExchange, error_name, reason
 from nbdbackup.nbd.constants import (
     BASE_ALLOCATION,
     BLOCK_SIZE_MIN_LARGEST,
-    OLDSTYLE_MAGIC,
-    OPTION_REPLY_ERROR,
     PAYLOAD_BYTES_ADVERTISED,
     REQUEST_MAGIC,
-    STRING_BYTES_MAX,
-    ClientFlags,
     Command,
     HandshakeFlags,
     InfoType,
@@ -33,11 +29,6 @@ from nbdbackup.nbd.constants import (
     OptionReply,
     TransmissionFlags,
 )
-
-REPLY_BYTES_MAX = 64 << 10
-"""Payload of one option reply; the longest that is legal holds two strings."""
-
-REPLIES_PER_OPTION_MAX = 1024
 
 SIZE_MAX = (1 << 63) - 1
 """Bytes; no system addresses a larger device."""
@@ -60,21 +51,11 @@ class RemoteExport:
     payload_bytes_max: int = PAYLOAD_BYTES_ADVERTISED
 
 
-class _State(Enum):
-    GREETING = auto()
-    OPTION_REPLY_HEAD = auto()
-    OPTION_REPLY_PAYLOAD = auto()
-    EXPORT_NAME_REPLY = auto()
-    READY = auto()
-    BROKEN = auto()
+class ClientNegotiation(OptionExchange):
+    """The handshake for one connection. Feed `receive` and send what it returns until there is a `result`.
 
-
-_GREETING_BYTES = messages.GREETING.sizeof()
-_REPLY_HEAD_BYTES = messages.OPTION_REPLY_HEAD.sizeof()
-
-
-class ClientNegotiation:
-    """The handshake for one connection. Feed `receive` and send what it returns until there is a `result`."""
+    `leftover` then belongs to the transmission phase.
+    """
 
     def __init__(
         self,
@@ -84,25 +65,16 @@ class ClientNegotiation:
         contexts: tuple[str, ...] = (BASE_ALLOCATION,),
     ) -> None:
         """`contexts` are asked for only where `want_structured`, which they need."""
+        super().__init__()
         self.result: RemoteExport | None = None
-        self.leftover = b""
-        """Bytes behind the handshake; they belong to the transmission phase."""
 
         # Set once.
         self._export_name = export_name
         self._want_structured = want_structured
         self._want_contexts = contexts
-        self._no_zeroes = False
-
-        # Changes with each message.
-        self._state = _State.GREETING
-        self._pending = bytearray()
-        self._requests = bytearray()
-        self._option = Option.ABORT
-        self._replies = 0
-        self._head = messages.OptionReplyHead(0, 0, 0)
 
         # What was learnt.
+        self._awaits_export_name_reply = False
         self._structured = False
         self._contexts: dict[int, str] = {}
         self._name: str | None = None
@@ -110,109 +82,21 @@ class ClientNegotiation:
         self._export: messages.InfoExport | None = None
         self._block_size = messages.InfoBlockSize(1, 4096, PAYLOAD_BYTES_ADVERTISED)
 
-    def receive(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Take any number of bytes from the server; the bytes to send to it.
-
-        Must not be called any more once there is a `result`, or after an error.
-
-        Raises:
-            NotFoundError: the server has no such export.
-            ProtocolError: the server refuses the export, or breaks the protocol.
-        """
-        assert self._state not in (_State.READY, _State.BROKEN)
-        self._pending += data
-        try:
-            while self._step():
-                pass
-        except NbdBackupError:
-            self._state = _State.BROKEN
-            raise
-        if self.result is not None:
-            self.leftover = bytes(self._pending)
-            self._pending.clear()
-        requests = bytes(self._requests)
-        self._requests.clear()
-        return requests
-
     def closed(self) -> NbdBackupError:
         """What it means that the server closed the connection now."""
-        if self._state is _State.EXPORT_NAME_REPLY:
+        if self._awaits_export_name_reply:
             # EXPORT_NAME has no other way to say no.
             return NotFoundError(f"the server closed the connection: has it an export named {self._shown}?")
-        return ProtocolError("the server closed the connection during negotiation")
+        return super().closed()
 
     @property
     def _shown(self) -> str:
         return repr(self._export_name[:100])
 
-    # The machine: each step consumes one unit, or returns False for want of bytes.
-
     def _step(self) -> bool:
-        match self._state:
-            case _State.GREETING:
-                return self._step_greeting()
-            case _State.OPTION_REPLY_HEAD:
-                return self._step_reply_head()
-            case _State.OPTION_REPLY_PAYLOAD:
-                return self._step_reply_payload()
-            case _State.EXPORT_NAME_REPLY:
-                return self._step_export_name_reply()
-            case _:
-                return False
-
-    def _step_greeting(self) -> bool:
-        raw = self._take(_GREETING_BYTES)
-        if raw is None:
-            return False
-        if messages.GREETING_HEAD.parse(raw).second_magic == OLDSTYLE_MAGIC:
-            raise ProtocolError("the server speaks only the oldstyle protocol, which is not supported")
-        flags = messages.GREETING.parse(raw).flags
-        self._no_zeroes = bool(flags & HandshakeFlags.NO_ZEROES)
-        answer = ClientFlags(flags & (HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES))
-        self._requests += messages.CLIENT_HELLO.build(messages.ClientHello(answer))
-        if not flags & HandshakeFlags.FIXED_NEWSTYLE:
-            self._send_export_name()
-        elif self._want_structured:
-            self._send(Option.STRUCTURED_REPLY)
-        else:
-            self._send_go()
-        return True
-
-    def _step_reply_head(self) -> bool:
-        raw = self._take(_REPLY_HEAD_BYTES)
-        if raw is None:
-            return False
-        head = messages.OPTION_REPLY_HEAD.parse(raw)
-        if head.option != self._option:
-            raise ProtocolError(f"the server answered option {head.option:d} instead of {self._option.name}")
-        if head.length > REPLY_BYTES_MAX:
-            raise ProtocolError(f"the server's answer to {self._option.name} claims {head.length} bytes")
-        self._replies += 1
-        if self._replies > REPLIES_PER_OPTION_MAX:
-            raise ProtocolError(f"the server's answer to {self._option.name} does not end")
-        self._head = head
-        self._state = _State.OPTION_REPLY_PAYLOAD
-        return True
-
-    def _step_reply_payload(self) -> bool:
-        payload = self._take(self._head.length)
-        if payload is None:
-            return False
-        self._state = _State.OPTION_REPLY_HEAD
-        reply = self._head.reply
-        if reply == OptionReply.ACK:
-            if payload:
-                raise ProtocolError(f"the server's ACK to {self._option.name} has a payload")
-            self._on_ack()
-        elif reply & OPTION_REPLY_ERROR:
-            self._on_error(reply, payload)
-        elif reply == OptionReply.INFO and self._option is Option.GO:
-            self._on_info(payload)
-        elif reply == OptionReply.META_CONTEXT and self._option is Option.SET_META_CONTEXT:
-            self._on_meta_context(payload)
-        else:
-            raise ProtocolError(f"the server answered {self._option.name} with reply type {reply:d}")
-        return True
+        if self._awaits_export_name_reply and not self.is_over:
+            return self._step_export_name_reply()
+        return super()._step()
 
     def _step_export_name_reply(self) -> bool:
         message = messages.EXPORT_NAME_REPLY if self._no_zeroes else messages.EXPORT_NAME_REPLY_PADDED
@@ -224,20 +108,7 @@ class ClientNegotiation:
         self._finish()
         return True
 
-    def _take(self, count: int) -> bytes | None:
-        if len(self._pending) < count:
-            return None
-        taken = bytes(memoryview(self._pending)[:count])
-        del self._pending[:count]
-        return taken
-
     # What is sent.
-
-    def _send(self, option: Option, payload: bytes = b"") -> None:
-        self._option = option
-        self._replies = 0
-        self._requests += messages.OPTION_HEAD.build(messages.OptionHead(option, len(payload))) + payload
-        self._state = _State.OPTION_REPLY_HEAD
 
     def _send_set_meta_context(self) -> None:
         request = messages.MetaContextRequest(self._export_name, self._want_contexts)
@@ -251,9 +122,26 @@ class ClientNegotiation:
     def _send_export_name(self) -> None:
         payload = messages.EXPORT_NAME_REQUEST.build(messages.ExportName(self._export_name))
         self._send(Option.EXPORT_NAME, payload)
-        self._state = _State.EXPORT_NAME_REPLY
+        self._awaits_export_name_reply = True
 
     # What is answered.
+
+    def _on_greeting(self, flags: HandshakeFlags) -> None:
+        if not flags & HandshakeFlags.FIXED_NEWSTYLE:
+            self._send_export_name()
+        elif self._want_structured:
+            self._send(Option.STRUCTURED_REPLY)
+        else:
+            self._send_go()
+
+    def _on_item(self, reply: int, payload: bytes) -> bool:
+        if reply == OptionReply.INFO and self._option is Option.GO:
+            self._on_info(payload)
+        elif reply == OptionReply.META_CONTEXT and self._option is Option.SET_META_CONTEXT:
+            self._on_meta_context(payload)
+        else:
+            return False
+        return True
 
     def _on_ack(self) -> None:
         if self._option is Option.STRUCTURED_REPLY:
@@ -268,18 +156,17 @@ class ClientNegotiation:
             self._finish()
 
     def _on_error(self, reply: int, payload: bytes) -> None:
-        if reply == OptionReply.ERR_TLS_REQD:
-            raise ProtocolError("the server wants TLS: use an nbds:// or nbds+unix:// URI")
         if self._option is not Option.GO:
             self._contexts.clear()
             self._send_go()
         elif reply == OptionReply.ERR_UNSUP:
             self._send_export_name()
         elif reply == OptionReply.ERR_UNKNOWN:
-            raise NotFoundError(f"the server has no export named {self._shown}{_reason(payload)}")
+            raise NotFoundError(f"the server has no export named {self._shown}{reason(payload)}")
         else:
-            name = reply.name if isinstance(reply, OptionReply) else f"error {reply & ~OPTION_REPLY_ERROR}"
-            raise ProtocolError(f"the server refuses export {self._shown} with {name}{_reason(payload)}")
+            raise ProtocolError(
+                f"the server refuses export {self._shown} with {error_name(reply)}{reason(payload)}"
+            )
 
     def _on_meta_context(self, payload: bytes) -> None:
         context = messages.META_CONTEXT.parse(payload)
@@ -331,16 +218,7 @@ class ClientNegotiation:
             block_size_preferred=preferred,
             payload_bytes_max=sizes.payload_max,
         )
-        self._state = _State.READY
-
-
-def _reason(payload: bytes) -> str:
-    """The server's own words, if they are fit to be shown."""
-    try:
-        text = messages.OPTION_ERROR_TEXT.parse(payload[:STRING_BYTES_MAX]).text
-    except ProtocolError:
-        return ""
-    return f": {' '.join(text.split())}" if text else ""
+        self._end()
 
 
 def encode_request(command: Command, cookie: int, offset: int, length: int, flags: int = 0) -> bytes:

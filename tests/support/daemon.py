@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
+from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.backups import Backups
 from nbdbackup.daemon.graph import Graph
@@ -70,8 +71,9 @@ async def composed(directory: Path) -> AsyncIterator[Daemon]:
     snapshots = Snapshots(graph, Server(exports, []), scratch)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
+        backups = Backups(graph, jobs, scratch, RemoteOptions(), list)
         try:
-            yield Daemon(scratch, exports, graph, snapshots, Backups(graph, jobs), jobs)
+            yield Daemon(scratch, exports, graph, snapshots, backups, jobs)
         finally:
             await jobs.cancel_all()
             await snapshots.close()

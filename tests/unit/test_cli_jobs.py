@@ -322,7 +322,8 @@ def test_what_backup_does_not_do_is_a_usage_error(
 
 
 @pytest.mark.parametrize(
-    ("target", "told"), [("nbd://h/x", "remote targets"), ("/backups/", "chains"), ("", "empty")]
+    ("target", "told"),
+    [("http://h/x", "the scheme must be one of nbd"), ("/backups/", "chains"), ("", "empty")],
 )
 def test_target_of_a_kind_to_come_is_a_usage_error(
     capsys: pytest.CaptureFixture[str], target: str, told: str

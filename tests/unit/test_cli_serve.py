@@ -45,6 +45,19 @@ def test_node_is_named_as_given_or_after_the_file(argument: str, name: str, path
     assert options_of(argument).sources == (SourceSpec(name, path),)
 
 
+@pytest.mark.parametrize(
+    ("argument", "name", "uri"),
+    [
+        ("nbd://host/disk", "disk", "nbd://host:10809/disk"),
+        ("root=nbd://host:1/disk", "root", "nbd://host:1/disk"),
+        ("nbd+unix:///disk?socket=/s", "disk", "nbd+unix:///disk?socket=/s"),
+        ("d=nbd+unix:///?socket=run/s", "d", f"nbd+unix:///?socket={os.getcwd()}/run/s"),
+    ],
+)
+def test_remote_source_is_named_as_given_or_as_there(argument: str, name: str, uri: str) -> None:
+    assert options_of(argument).sources == (SourceSpec(name, uri),)
+
+
 def test_export_name_option_names_a_single_source() -> None:
     assert options_of("-x", "disk", "/d/vm.img").sources == (SourceSpec("disk", "/d/vm.img"),)
 
@@ -110,8 +123,10 @@ def test_state_directory_is_found_by_option_then_environment_then_user(
     ("arguments", "told"),
     [
         (["-f", "qcow2", "/d"], "this version does not do format 'qcow2' yet"),
-        (["nbd://host/disk"], "this version does not serve remote disks yet"),
-        (["d=nbd+unix:///disk?socket=/s"], "this version does not serve remote disks yet"),
+        (["d=http://host/disk"], "the scheme must be one of nbd"),
+        (["d=nbd+unix:///disk"], "nbd+unix needs ?socket=PATH"),
+        (["nbd://host"], "'' cannot be a NAME"),
+        (["--reconnect-delay", "-1", "/x"], "not a time in seconds"),
         (["a=/x", "a=/y"], "two sources are called 'a'"),
         (["/x/vm.img", "/y/vm.img"], "two sources are called 'vm'"),
         (["-x", "n", "/x", "/y"], "NAME=SOURCE for each"),

@@ -142,7 +142,7 @@ async def test_backup_options_are_passed_on(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"target": "t.img"}, "Parameter 'target' expects an absolute path, not 't.img'"),
+        ({"target": "t.img"}, "Parameter 'target' expects an absolute path or an NBD URI, not 't.img'"),
         ({"sync": "top"}, "Sync mode 'top' is not supported; use 'full'"),
         ({"sync": "some"}, "Parameter 'sync' does not accept value 'some'"),
         ({"speed": -1}, "Parameter 'speed' expects a non-negative value"),

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdbackup.errors import NbdBackupError, NotFoundError, ProtocolError
-from nbdbackup.nbd.client import REPLIES_PER_OPTION_MAX, REPLY_BYTES_MAX, ClientNegotiation, RemoteExport
+from nbdbackup.nbd.client import ClientNegotiation, RemoteExport
+from nbdbackup.nbd.client_options import REPLIES_PER_OPTION_MAX, REPLY_BYTES_MAX
 from nbdbackup.nbd.constants import TransmissionFlags
 from nbdbackup.nbd.negotiation import ExportInfo, Negotiated, ServerNegotiation
 from tests.support import nbd_wire as wire

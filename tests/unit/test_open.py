@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackup.block.file import FileDevice
+from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.open import open_device
-from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, UsageError
 from tests.support.disks import make_disk
+from tests.support.own_server import serving
 
 HEADERS = {
     "qcow2": b"QFI\xfb\0\0\0\3",
@@ -80,10 +83,59 @@ async def test_qcow2_is_refused_with_a_way_around(tmp_path: Path) -> None:
         await open_device(str(path), "qcow2")
 
 
-@pytest.mark.parametrize("uri", ["nbd://localhost/disk", "nbds+unix:///disk?socket=/run/x", "http://x/y"])
-async def test_uri_is_refused(uri: str) -> None:
-    with pytest.raises(UsageError, match="only files and block devices can be served"):
+async def test_uri_of_another_scheme_is_refused_with_a_way_around() -> None:
+    with pytest.raises(UsageError, match=r"only files, block devices and NBD exports .* nbdkit"):
+        await open_device("http://x/y")
+
+
+@pytest.mark.parametrize("uri", ["nbds://localhost/disk", "nbds+unix:///disk?socket=/run/x"])
+async def test_uri_with_tls_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match="TLS"):
         await open_device(uri)
+
+
+async def test_malformed_uri_is_refused() -> None:
+    with pytest.raises(UsageError, match="tls-verify"):
+        await open_device("nbd://localhost/disk?tls-verify=no")
+
+
+async def test_remote_export_is_opened_read_only_or_not(tmp_path: Path) -> None:
+    content = FileDevice.open(str(make_disk(tmp_path / "disk.img", 4097)))
+    async with serving({"disk": content}) as uri:
+        for read_only in (True, False):
+            device = await open_device(uri, read_only=read_only)
+            assert (device.size, str(device), device.read_only) == (4097, uri, read_only)
+            await device.close()
+    await content.close()
+
+
+async def test_remote_export_that_is_read_only_is_not_opened_for_writing() -> None:
+    async with serving({"disk": MemoryDevice(512)}, read_only=True) as uri:
+        with pytest.raises(DeviceError, match="can only be read: try --read-only"):
+            await open_device(uri)
+        device = await open_device(uri, read_only=True)
+        await device.close()
+
+
+async def test_remote_container_is_refused_unless_called_raw(tmp_path: Path) -> None:
+    disk = FileDevice.open(str(make_container(tmp_path / "disk.img", "qcow2")))
+    async with serving({"disk": disk}) as uri:
+        with pytest.raises(
+            UsageError, match=r"looks like a qcow2 image: .*say -f raw; .*`qemu-nbd -f qcow2`"
+        ):
+            await open_device(uri)
+        device = await open_device(uri, "raw")
+        await device.close()
+    await disk.close()
+
+
+async def test_server_that_is_not_there_or_has_no_such_export_is_not_found(tmp_path: Path) -> None:
+    uri = f"nbd+unix:///disk?socket={tmp_path}/none"
+    with pytest.raises(NotFoundError, match=f"cannot connect to .*{tmp_path}/none: No such file"):
+        await open_device(uri)
+    async with serving({"disk": MemoryDevice(512)}) as uri:
+        with pytest.raises(NotFoundError, match="no export named 'other'"):
+            await open_device(uri.replace("disk", "other"))
 
 
 async def test_missing_and_locked_files_are_refused_as_by_the_device(tmp_path: Path) -> None:

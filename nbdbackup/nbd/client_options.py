@@ -1,0 +1,202 @@
+"""Options from the client's side: one is asked at a time, and its replies are read until it is answered.
+
+What every conversation with a server has in common, up to the transmission phase: the greeting, and
+replies that fit the option that was asked. What is asked, and what the answers mean, is the
+subclass's: `nbd/client.py` negotiates an export, `nbd/client_inquiry.py` asks what there is.
+
+The server is not trusted: what it sends is bounded, and a breach is a `ProtocolError`.
+
+Source: the NBD specification, "Handshake phase".
+"""
+
+from abc import ABC, abstractmethod
+from enum import Enum, auto
+
+from nbdbackup.errors import NbdBackupError, ProtocolError
+from nbdbackup.nbd import messages
+from nbdbackup.nbd.constants import (
+    OLDSTYLE_MAGIC,
+    OPTION_REPLY_ERROR,
+    STRING_BYTES_MAX,
+    ClientFlags,
+    HandshakeFlags,
+    Option,
+    OptionReply,
+)
+
+REPLY_BYTES_MAX = 64 << 10
+"""Payload of one option reply; the longest that is legal holds two strings."""
+
+REPLIES_PER_OPTION_MAX = 1024
+
+
+class _State(Enum):
+    GREETING = auto()
+    OPTION_REPLY_HEAD = auto()
+    OPTION_REPLY_PAYLOAD = auto()
+    OVER = auto()
+    BROKEN = auto()
+
+
+_GREETING_BYTES = messages.GREETING.sizeof()
+_REPLY_HEAD_BYTES = messages.OPTION_REPLY_HEAD.sizeof()
+
+
+class OptionExchange(ABC):
+    """One conversation. Feed `receive` and send what it returns until `is_over`."""
+
+    def __init__(self) -> None:
+        self.leftover = b""
+        """Bytes behind the end of the conversation."""
+        # Set by the greeting.
+        self._no_zeroes = False
+        # Changes with each message.
+        self._state = _State.GREETING
+        self._pending = bytearray()
+        self._requests = bytearray()
+        self._option = Option.ABORT
+        self._replies = 0
+        self._head = messages.OptionReplyHead(0, 0, 0)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything has been asked and answered."""
+        return self._state is _State.OVER
+
+    def receive(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Take any number of bytes from the server; the bytes to send to it.
+
+        Must not be called any more once it `is_over`, or after an error.
+
+        Raises:
+            NotFoundError: the server has no such export.
+            ProtocolError: the server refuses what was asked, or breaks the protocol.
+        """
+        assert self._state not in (_State.OVER, _State.BROKEN)
+        self._pending += data
+        try:
+            while self._step():
+                pass
+        except NbdBackupError:
+            self._state = _State.BROKEN
+            raise
+        if self.is_over:
+            self.leftover = bytes(self._pending)
+            self._pending.clear()
+        requests = bytes(self._requests)
+        self._requests.clear()
+        return requests
+
+    def closed(self) -> NbdBackupError:
+        """What it means that the server closed the connection now."""
+        return ProtocolError("the server closed the connection during negotiation")
+
+    # For subclasses: what happened.
+
+    @abstractmethod
+    def _on_greeting(self, flags: HandshakeFlags) -> None:
+        """The server can be asked; without FIXED_NEWSTYLE among `flags` it knows EXPORT_NAME alone."""
+
+    @abstractmethod
+    def _on_item(self, reply: int, payload: bytes) -> bool:
+        """A reply that is no final one; False if `reply` does not go with the option."""
+
+    @abstractmethod
+    def _on_ack(self) -> None:
+        """The option was granted."""
+
+    @abstractmethod
+    def _on_error(self, reply: int, payload: bytes) -> None:
+        """The option was refused."""
+
+    # For subclasses: what to do about it.
+
+    def _send(self, option: Option, payload: bytes = b"") -> None:
+        self._option = option
+        self._replies = 0
+        self._requests += messages.OPTION_HEAD.build(messages.OptionHead(option, len(payload))) + payload
+        self._state = _State.OPTION_REPLY_HEAD
+
+    def _end(self) -> None:
+        self._state = _State.OVER
+
+    def _take(self, count: int) -> bytes | None:
+        if len(self._pending) < count:
+            return None
+        taken = bytes(memoryview(self._pending)[:count])
+        del self._pending[:count]
+        return taken
+
+    # The machine: each step consumes one unit, or returns False for want of bytes.
+
+    def _step(self) -> bool:
+        match self._state:
+            case _State.GREETING:
+                return self._step_greeting()
+            case _State.OPTION_REPLY_HEAD:
+                return self._step_reply_head()
+            case _State.OPTION_REPLY_PAYLOAD:
+                return self._step_reply_payload()
+            case _:
+                return False
+
+    def _step_greeting(self) -> bool:
+        raw = self._take(_GREETING_BYTES)
+        if raw is None:
+            return False
+        if messages.GREETING_HEAD.parse(raw).second_magic == OLDSTYLE_MAGIC:
+            raise ProtocolError("the server speaks only the oldstyle protocol, which is not supported")
+        flags = messages.GREETING.parse(raw).flags
+        self._no_zeroes = bool(flags & HandshakeFlags.NO_ZEROES)
+        answer = ClientFlags(flags & (HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES))
+        self._requests += messages.CLIENT_HELLO.build(messages.ClientHello(answer))
+        self._on_greeting(flags)
+        return True
+
+    def _step_reply_head(self) -> bool:
+        raw = self._take(_REPLY_HEAD_BYTES)
+        if raw is None:
+            return False
+        head = messages.OPTION_REPLY_HEAD.parse(raw)
+        if head.option != self._option:
+            raise ProtocolError(f"the server answered option {head.option:d} instead of {self._option.name}")
+        if head.length > REPLY_BYTES_MAX:
+            raise ProtocolError(f"the server's answer to {self._option.name} claims {head.length} bytes")
+        self._replies += 1
+        if self._replies > REPLIES_PER_OPTION_MAX:
+            raise ProtocolError(f"the server's answer to {self._option.name} does not end")
+        self._head = head
+        self._state = _State.OPTION_REPLY_PAYLOAD
+        return True
+
+    def _step_reply_payload(self) -> bool:
+        payload = self._take(self._head.length)
+        if payload is None:
+            return False
+        self._state = _State.OPTION_REPLY_HEAD
+        reply = self._head.reply
+        if reply == OptionReply.ACK:
+            if payload:
+                raise ProtocolError(f"the server's ACK to {self._option.name} has a payload")
+            self._on_ack()
+        elif reply == OptionReply.ERR_TLS_REQD:
+            raise ProtocolError("the server wants TLS: use an nbds:// or nbds+unix:// URI")
+        elif reply & OPTION_REPLY_ERROR:
+            self._on_error(reply, payload)
+        elif not self._on_item(reply, payload):
+            raise ProtocolError(f"the server answered {self._option.name} with reply type {reply:d}")
+        return True
+
+
+def reason(payload: bytes) -> str:
+    """The server's own words in an error reply, with a colon before them, if they are fit to be shown."""
+    try:
+        text = messages.OPTION_ERROR_TEXT.parse(payload[:STRING_BYTES_MAX]).text
+    except ProtocolError:
+        return ""
+    return f": {' '.join(text.split())}" if text else ""
+
+
+def error_name(reply: int) -> str:
+    """What the protocol calls an error reply."""
+    return reply.name if isinstance(reply, OptionReply) else f"error {reply & ~OPTION_REPLY_ERROR}"
