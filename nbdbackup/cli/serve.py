@@ -24,7 +24,14 @@ from nbdbackup.cli.parser import (
     seconds,
     state_directory,
 )
-from nbdbackup.daemon import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.daemon import (
+    InheritedSocket,
+    ServeOptions,
+    SourceSpec,
+    TcpAddress,
+    TlsOptions,
+    UnixAddress,
+)
 from nbdbackup.daemon.systemd import take_inherited_sockets
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
 from nbdbackup.nbd import uri as nbd_uri
@@ -42,16 +49,17 @@ or SIGINT.
 
 Client writes go to SOURCE itself. A local SOURCE is locked against other writers (another
 nbdbackup, QEMU, qemu-nbd); a remote one cannot be: let nobody else write to it. Prints
-'listening on URI' for every address once clients can connect. There is no encryption and
-no authentication: whoever can connect can read and write, so a TCP address other than
-this machine's own needs a network you trust.
+'listening on URI' for every address once clients can connect. Without --tls, nothing is
+encrypted and whoever can connect can read and write; with it, everything is, and with
+--tls-verify-peer only those with a certificate come in.
 
 Started by systemd with sockets of its own (LISTEN_FDS), it serves on those, and prints nothing."""
 
 EPILOG = """\
 examples:
   nbdbackup serve disk=/var/lib/images/vm.img
-  nbdbackup serve -k /run/vm.sock root=/dev/vg/root data=/dev/vg/data"""
+  nbdbackup serve -k /run/vm.sock root=/dev/vg/root data=/dev/vg/data
+  nbdbackup serve -b 0.0.0.0 --tls require --tls-creds /etc/pki/nbd --tls-verify-peer vm.img"""
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -74,6 +82,7 @@ def add_parser(verbs: Verbs) -> None:
         help="serve the bytes of SOURCE as they are, also when they look like an image format",
     )
     _add_listeners(parser)
+    _add_tls(parser)
     parser.add_argument(
         "-r", "--read-only", action="store_true", help="refuse every write; SOURCE is opened so"
     )
@@ -161,6 +170,55 @@ def _add_listeners(parser: Parser) -> None:
     )
 
 
+def _add_tls(parser: Parser) -> None:
+    parser.add_argument(
+        "--tls",
+        choices=("off", "on", "require"),
+        help="on: clients may use TLS, require: they must, or get nothing but an error "
+        "(default: require with --tls-creds or --tls-psk, else off)",
+    )
+    parser.add_argument(
+        "--tls-creds",
+        type=Path,
+        metavar="DIR",
+        help="certificates, named as QEMU and nbdkit have them: ca-cert.pem, server-cert.pem, "
+        "server-key.pem, and ca-crl.pem if some are revoked; read once, at the start",
+    )
+    parser.add_argument(
+        "--tls-psk",
+        type=Path,
+        metavar="FILE",
+        help="pre-shared keys in place of certificates, NAME:HEX lines as psktool makes them; whoever has "
+        "one may connect (Python 3.13 or later)",
+    )
+    parser.add_argument(
+        "--tls-verify-peer",
+        action="store_true",
+        help="refuse TLS clients without a certificate that ca-cert.pem vouches for",
+    )
+    parser.add_argument(
+        "--tls-authz",
+        action="append",
+        default=[],
+        metavar="DN",
+        help="refuse TLS clients whose certificate is not for this distinguished name, "
+        "'CN=backup,O=Example' (may be repeated; implies --tls-verify-peer)",
+    )
+    parser.add_argument(
+        "--tls-authz-file",
+        type=Path,
+        metavar="FILE",
+        help="distinguished names as for --tls-authz, one a line",
+    )
+    parser.add_argument(
+        "--tls-only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --tls on: clients without TLS do not see this export and its snapshots (may be repeated)",
+    )
+
+
 def run(namespace: argparse.Namespace) -> int:
     """Serve as the command line says."""
     options = serve_options(namespace)
@@ -204,6 +262,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
     if len(namespace.description.encode()) > DESCRIPTION_BYTES_MAX:
         raise UsageError(f"-D/--description has at most {DESCRIPTION_BYTES_MAX} bytes")
     sources = _sources(namespace.sources, namespace.export_name, namespace.format)
+    tls = tls_options(namespace)
     return ServeOptions(
         sources=_mark_read_only(sources, namespace.read_only_export),
         listeners=_inherited_listeners(namespace)
@@ -216,10 +275,52 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         description=namespace.description,
         discard=namespace.discard,
         reconnect_delay_s=namespace.reconnect_delay,
+        tls=tls,
+        tls_only=_tls_only(namespace.tls_only, sources, tls),
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,
         exit_on_last=namespace.exit_on_last,
     )
+
+
+def tls_options(namespace: argparse.Namespace) -> TlsOptions | None:
+    """What `namespace` says about TLS; None: there is none.
+
+    Raises:
+        UsageError: it contradicts itself.
+    """
+    certificates, keys = namespace.tls_creds, namespace.tls_psk
+    if certificates is not None and keys is not None:
+        raise UsageError("--tls-creds and --tls-psk contradict each other: clients have certificates or keys")
+    has_list = bool(namespace.tls_authz) or namespace.tls_authz_file is not None
+    wants_names = namespace.tls_verify_peer or has_list
+    if keys is not None and wants_names:
+        raise UsageError("--tls-verify-peer and --tls-authz are for certificates, --tls-psk goes without")
+    if certificates is None and keys is None:
+        if namespace.tls in ("on", "require"):
+            raise UsageError(f"--tls {namespace.tls} needs --tls-creds DIR or --tls-psk FILE")
+        if wants_names:
+            raise UsageError("--tls-verify-peer and --tls-authz need --tls-creds DIR")
+        return None
+    if namespace.tls == "off":
+        raise UsageError("--tls off and --tls-creds or --tls-psk contradict each other")
+    return TlsOptions(
+        required=namespace.tls != "on",
+        certificates=certificates and certificates.absolute(),
+        keys=keys and keys.absolute(),
+        verify_peer=wants_names,
+        authorised=tuple(namespace.tls_authz),
+        authorised_file=namespace.tls_authz_file and namespace.tls_authz_file.absolute(),
+    )
+
+
+def _tls_only(names: list[str], sources: tuple[SourceSpec, ...], tls: TlsOptions | None) -> frozenset[str]:
+    if names and tls is None:
+        raise UsageError("--tls-only needs --tls on: without TLS nobody could use that export")
+    for name in names:
+        if all(source.name != name for source in sources):
+            raise UsageError(f"--tls-only {name}: no source is called that")
+    return frozenset(names)
 
 
 def _sources(

@@ -4,7 +4,22 @@
 too, because they span rooms: a snapshot is a filter on a node *and* an export.
 """
 
-from nbdbackup.daemon.options import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.daemon.options import (
+    InheritedSocket,
+    ServeOptions,
+    SourceSpec,
+    TcpAddress,
+    TlsOptions,
+    UnixAddress,
+)
 from nbdbackup.daemon.serve import serve
 
-__all__ = ["InheritedSocket", "ServeOptions", "SourceSpec", "TcpAddress", "UnixAddress", "serve"]
+__all__ = [
+    "InheritedSocket",
+    "ServeOptions",
+    "SourceSpec",
+    "TcpAddress",
+    "TlsOptions",
+    "UnixAddress",
+    "serve",
+]

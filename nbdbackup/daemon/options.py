@@ -44,6 +44,20 @@ class InheritedSocket:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """TLS for clients: with `certificates`, a directory, or with `keys`, a file; one of the two."""
+
+    required: bool
+    """Whether every client must use it."""
+    certificates: Path | None = None
+    keys: Path | None = None
+    verify_peer: bool = False
+    authorised: tuple[str, ...] = ()
+    """Distinguished names; with these and `authorised_file` empty, whoever has a certificate may come in."""
+    authorised_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServeOptions:
     """Everything that `serve` can be told."""
 
@@ -61,6 +75,9 @@ class ServeOptions:
     """"unmap", or "ignore": trim does nothing and zeroes stay allocated."""
     reconnect_delay_s: float = RECONNECT_DELAY_S
     """How long requests to a remote source or target wait for its server to come back; 0: not at all."""
+    tls: TlsOptions | None = None
+    tls_only: frozenset[str] = frozenset()
+    """Sources that clients without TLS cannot use."""
     pid_file: Path | None = None
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""

@@ -18,6 +18,7 @@ from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.systemd import keep_notifying, notify
+from nbdbackup.daemon.tls import server_tls, warn_if_open
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
@@ -68,12 +69,14 @@ async def serve(options: ServeOptions) -> int:
         state = StateDirectory(options.state_dir)
         state.open()
         stack.callback(state.close)
+        tls = server_tls(options.tls)
         exports = ExportTable()
         graph = Graph(exports)
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
         _raise_descriptor_limit()
-        server = Server(exports, _listen(options, stack), options.clients_max, options.allowed)
+        server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
+        warn_if_open(server.listeners, options.tls)
         try:
             return await _run(options, stack, state, graph, server)
         except ExceptionGroup as group:
@@ -174,7 +177,8 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
         except BaseException:
             await device.close()
             raise
-        exports.add(Export(source.name, node, options.description, read_only))
+        tls_only = source.name in options.tls_only
+        exports.add(Export(source.name, node, options.description, read_only, tls_only))
 
 
 def _remote_options(options: ServeOptions) -> RemoteOptions:
@@ -192,14 +196,6 @@ def _listen(options: ServeOptions, stack: AsyncExitStack) -> list[Listener]:
             listener = listen_unix(address.path)
         stack.callback(listener.close)
         listeners.append(listener)
-    public = [listener.uri() for listener in listeners if listener.is_public]
-    if public:
-        logger.warning(
-            "%s can be reached from other machines without TLS: whoever can connect, or listens in on the "
-            "way, can read and change the disks%s",
-            ", ".join(public),
-            "" if options.allowed else "; --allow limits who can connect",
-        )
     return listeners
 
 

@@ -103,7 +103,11 @@ class Snapshots:
         self._snapshots[snapshot.export_name] = snapshot
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
-        self._server.exports.add(Export(snapshot.export_name, snapshot.view, description, read_only=True))
+        exports = self._server.exports
+        tls_only = any(export.tls_only for export in exports if export.node is snapshot.plan.node)
+        exports.add(
+            Export(snapshot.export_name, snapshot.view, description, read_only=True, tls_only=tls_only)
+        )
 
     def _check_free(self, export_name: str) -> None:
         if len(export_name.encode()) > STRING_BYTES_MAX:

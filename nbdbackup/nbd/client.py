@@ -3,6 +3,8 @@
     greeting --> STRUCTURED_REPLY --> SET_META_CONTEXT --> GO --> result
                  (if wanted)          (if that was granted) \\-- ERR_UNSUP --> EXPORT_NAME --> result
 
+With `tls`, STARTTLS comes before all of these, and there is no going on without it.
+
 A server may refuse the first two: the result says what it granted. One that is too old for GO,
 or for options at all, is asked with EXPORT_NAME.
 
@@ -63,9 +65,10 @@ class ClientNegotiation(OptionExchange):
         *,
         want_structured: bool = True,
         contexts: tuple[str, ...] = (BASE_ALLOCATION,),
+        tls: bool = False,
     ) -> None:
-        """`contexts` are asked for only where `want_structured`, which they need."""
-        super().__init__()
+        """`contexts` are asked for only where `want_structured`, which they need. `tls`: or nothing."""
+        super().__init__(tls=tls)
         self.result: RemoteExport | None = None
 
         # Set once.

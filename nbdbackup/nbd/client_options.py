@@ -34,6 +34,7 @@ class _State(Enum):
     GREETING = auto()
     OPTION_REPLY_HEAD = auto()
     OPTION_REPLY_PAYLOAD = auto()
+    TLS = auto()
     OVER = auto()
     BROKEN = auto()
 
@@ -43,13 +44,20 @@ _REPLY_HEAD_BYTES = messages.OPTION_REPLY_HEAD.sizeof()
 
 
 class OptionExchange(ABC):
-    """One conversation. Feed `receive` and send what it returns until `is_over`."""
+    """One conversation. Feed `receive` and send what it returns until `is_over`.
 
-    def __init__(self) -> None:
+    With `tls` it begins with STARTTLS, and goes on only if that is granted: whenever it `wants_tls`, do the
+    TLS handshake, then call `tls_started`.
+    """
+
+    def __init__(self, *, tls: bool = False) -> None:
         self.leftover = b""
         """Bytes behind the end of the conversation."""
+        # Set once.
+        self._want_tls = tls
         # Set by the greeting.
         self._no_zeroes = False
+        self._flags = HandshakeFlags(0)
         # Changes with each message.
         self._state = _State.GREETING
         self._pending = bytearray()
@@ -63,29 +71,43 @@ class OptionExchange(ABC):
         """Whether everything has been asked and answered."""
         return self._state is _State.OVER
 
+    @property
+    def wants_tls(self) -> bool:
+        """Do the TLS handshake, then call `tls_started`."""
+        return self._state is _State.TLS
+
+    def tls_started(self) -> bytes:
+        """The bytes to send next; they, and all that is received from now on, go by way of TLS."""
+        assert self.wants_tls
+        self._on_greeting(self._flags)
+        return self._take_requests()
+
     def receive(self, data: bytes | bytearray | memoryview) -> bytes:
         """Take any number of bytes from the server; the bytes to send to it.
 
-        Must not be called any more once it `is_over`, or after an error.
+        Must not be called while it `wants_tls`, nor any more once it `is_over`, or after an error.
 
         Raises:
             NotFoundError: the server has no such export.
             ProtocolError: the server refuses what was asked, or breaks the protocol.
         """
-        assert self._state not in (_State.OVER, _State.BROKEN)
+        assert self._state not in (_State.OVER, _State.BROKEN, _State.TLS)
         self._pending += data
         try:
             while self._step():
                 pass
+            if self.wants_tls and self._pending:
+                raise ProtocolError(
+                    "bytes came in the clear behind the server's answer to STARTTLS; "
+                    "somebody may have put them there"
+                )
         except NbdBackupError:
             self._state = _State.BROKEN
             raise
         if self.is_over:
             self.leftover = bytes(self._pending)
             self._pending.clear()
-        requests = bytes(self._requests)
-        self._requests.clear()
-        return requests
+        return self._take_requests()
 
     def closed(self) -> NbdBackupError:
         """What it means that the server closed the connection now."""
@@ -116,6 +138,11 @@ class OptionExchange(ABC):
         self._replies = 0
         self._requests += messages.OPTION_HEAD.build(messages.OptionHead(option, len(payload))) + payload
         self._state = _State.OPTION_REPLY_HEAD
+
+    def _take_requests(self) -> bytes:
+        requests = bytes(self._requests)
+        self._requests.clear()
+        return requests
 
     def _end(self) -> None:
         self._state = _State.OVER
@@ -150,7 +177,13 @@ class OptionExchange(ABC):
         self._no_zeroes = bool(flags & HandshakeFlags.NO_ZEROES)
         answer = ClientFlags(flags & (HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES))
         self._requests += messages.CLIENT_HELLO.build(messages.ClientHello(answer))
-        self._on_greeting(flags)
+        self._flags = flags
+        if not self._want_tls:
+            self._on_greeting(flags)
+        elif flags & HandshakeFlags.FIXED_NEWSTYLE:
+            self._send(Option.STARTTLS)
+        else:
+            raise ProtocolError("the server is too old for TLS")
         return True
 
     def _step_reply_head(self) -> bool:
@@ -178,9 +211,16 @@ class OptionExchange(ABC):
         if reply == OptionReply.ACK:
             if payload:
                 raise ProtocolError(f"the server's ACK to {self._option.name} has a payload")
-            self._on_ack()
+            if self._option is Option.STARTTLS:
+                self._state = _State.TLS
+            else:
+                self._on_ack()
         elif reply == OptionReply.ERR_TLS_REQD:
             raise ProtocolError("the server wants TLS: use an nbds:// or nbds+unix:// URI")
+        elif reply & OPTION_REPLY_ERROR and self._option is Option.STARTTLS:
+            raise ProtocolError(
+                f"the server does not offer TLS{reason(payload)}; an nbd:// URI would do without it"
+            )
         elif reply & OPTION_REPLY_ERROR:
             self._on_error(reply, payload)
         elif not self._on_item(reply, payload):

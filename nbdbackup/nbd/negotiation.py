@@ -6,10 +6,14 @@
                                                   \\-----------------------+------------/
                                                                           |
                       GO or EXPORT_NAME --> READY       ABORT --> ABORTED       a breach --> BROKEN
+                               STARTTLS --> TLS --tls_started()--> OPTION_HEAD, all agreements void
 
 Two laws. Every option that is not EXPORT_NAME gets exactly one final reply (ACK or an error), after
 all of its payload was consumed: the stream stays in step whatever the payload was. And a client is
 disconnected only for a breach of a MUST, for abuse, or because EXPORT_NAME has no way to fail.
+
+Whoever can change the clear text before STARTTLS must gain nothing by it: what was learnt there is
+forgotten, and bytes behind STARTTLS, which the client could not have meant for us, end the connection.
 
 To add an option: a row in `_OPTIONS` and its handler. What a row does not keep is never buffered.
 
@@ -74,6 +78,8 @@ class ExportInfo:
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
     wide_contexts: frozenset[str] = frozenset()
     """Those of `contexts` whose status has 64 bits: they are hidden from clients without extended headers."""
+    tls_only: bool = False
+    """Not for clients without TLS, who may not even learn its size."""
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), ("description", self.description)):
@@ -102,6 +108,17 @@ class ExportInfo:
 
 def _is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
+
+
+class TlsMode(Enum):
+    """What becomes of STARTTLS, and of clients without it."""
+
+    OFF = "off"
+    """The specification's NOTLS."""
+    ON = "on"
+    """SELECTIVETLS: a client may choose, but for exports that are `tls_only`."""
+    REQUIRE = "require"
+    """FORCEDTLS."""
 
 
 class ExportCatalog(Protocol):
@@ -134,6 +151,7 @@ class _State(Enum):
     OPTION_HEAD = auto()
     PAYLOAD = auto()
     SKIP = auto()
+    TLS = auto()
     READY = auto()
     ABORTED = auto()
     BROKEN = auto()
@@ -168,6 +186,8 @@ _HELLO_BYTES = messages.CLIENT_HELLO.sizeof()
 _HEAD_BYTES = messages.OPTION_HEAD.sizeof()
 _SERVER_FLAGS = HandshakeFlags.FIXED_NEWSTYLE | HandshakeFlags.NO_ZEROES
 _NAME_SHOWN_MAX = 100
+_WITHOUT_TLS = (Option.STARTTLS, Option.ABORT)
+_HOW_TO_USE_TLS = "connect with TLS (nbds://)"
 _CLIENT_FLAGS_KNOWN = ClientFlags.FIXED_NEWSTYLE | ClientFlags.NO_ZEROES
 
 
@@ -177,7 +197,7 @@ class ServerNegotiation:
     At most `OPTION_BUFFER_BYTES_MAX` bytes of a client are kept besides what one call brings.
     """
 
-    def __init__(self, catalog: ExportCatalog) -> None:
+    def __init__(self, catalog: ExportCatalog, tls: TlsMode = TlsMode.OFF) -> None:
         self.result: Negotiated | None = None
         """Set by EXPORT_NAME or GO: the transmission phase has begun."""
         self.aborted = False
@@ -189,6 +209,7 @@ class ServerNegotiation:
 
         # Set once.
         self._catalog = catalog
+        self._tls = tls
         self._client_flags = ClientFlags(0)
 
         # Changes with each option.
@@ -200,7 +221,9 @@ class ServerNegotiation:
         self._skip_bytes = 0
         self._refusal: _OptionError | None = None
 
-        # What was agreed on so far.
+        self._is_encrypted = False
+
+        # What was agreed on so far; STARTTLS voids it.
         self._structured_replies = False
         self._extended_headers = False
         self._contexts: tuple[str, tuple[tuple[int, str], ...]] | None = None
@@ -210,20 +233,38 @@ class ServerNegotiation:
         """What the server sends first."""
         return messages.GREETING.build(messages.Greeting(_SERVER_FLAGS))
 
+    @property
+    def wants_tls(self) -> bool:
+        """Send what `receive` returned, do the TLS handshake, then call `tls_started`."""
+        return self._state is _State.TLS
+
+    def tls_started(self) -> None:
+        """From now on `receive` gets, and its answers go by way of, TLS."""
+        assert self.wants_tls
+        self._state = _State.OPTION_HEAD
+        self._is_encrypted = True
+        self._forget_agreements()
+
     def receive(self, data: bytes | bytearray | memoryview) -> bytes:
         """Take any number of bytes from the client; the bytes to send to it.
 
-        Must not be called any more once there is a `result`, or after `aborted` or an error.
+        Must not be called while `wants_tls`, nor any more once there is a `result`, or after `aborted`
+        or an error.
 
         Raises:
             HandshakeError: the client must be disconnected; the text says why.
         """
-        assert self._state not in (_State.READY, _State.ABORTED, _State.BROKEN)
+        assert self._state not in (_State.READY, _State.ABORTED, _State.BROKEN, _State.TLS)
         self._pending += data
         try:
             while self._step():
                 if len(self._replies) > OPTION_REPLIES_BYTES_MAX:
                     raise ProtocolError("the client asks for more replies than one client may have at once")
+            if self.wants_tls and self._pending:
+                self._replies.clear()
+                raise ProtocolError(
+                    "bytes came in the clear behind STARTTLS; somebody may have put them there"
+                )
         except ProtocolError as error:
             self._state = _State.BROKEN
             self._pending.clear()
@@ -298,6 +339,8 @@ class ServerNegotiation:
         name = _option_name(head.option)
         if self.shutting_down and head.option != Option.ABORT:
             return _OptionError(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
+        if self._tls is TlsMode.REQUIRE and not self._is_encrypted and head.option not in _WITHOUT_TLS:
+            return _OptionError(OptionReply.ERR_TLS_REQD, f"{name} only after STARTTLS; {_HOW_TO_USE_TLS}")
         rule = _OPTIONS.get(head.option)
         if rule is None:
             return _OptionError(OptionReply.ERR_UNSUP, f"option {name} is not supported")
@@ -374,12 +417,19 @@ class ServerNegotiation:
 
     def _on_list(self, payload: bytes) -> None:
         for export in self._catalog.exports():
+            if export.tls_only and not self._is_encrypted:
+                continue
             entry = messages.ServerEntry(export.name, export.description)
             self._reply(OptionReply.SERVER, messages.SERVER_ENTRY.build(entry))
         self._reply(OptionReply.ACK)
 
     def _on_starttls(self, payload: bytes) -> None:
-        raise _OptionError(OptionReply.ERR_POLICY, "this server does not offer TLS")
+        if self._is_encrypted:
+            raise _OptionError(OptionReply.ERR_INVALID, "STARTTLS was sent already")
+        if self._tls is TlsMode.OFF:
+            raise _OptionError(OptionReply.ERR_POLICY, "this server does not offer TLS")
+        self._reply(OptionReply.ACK)
+        self._state = _State.TLS
 
     def _on_info(self, payload: bytes) -> None:
         self._answer_info(_parse(messages.INFO_REQUEST, payload))
@@ -462,12 +512,19 @@ class ServerNegotiation:
         names = dict.fromkeys(export.contexts)
         return [name for name in names if self._extended_headers or name not in export.wide_contexts]
 
+    def _forget_agreements(self) -> None:
+        self._structured_replies = False
+        self._extended_headers = False
+        self._contexts = None
+
     def _find(self, name: str) -> ExportInfo:
         export = self._catalog.find(name)
         if export is None:
             shown = name if len(name) <= _NAME_SHOWN_MAX else name[:_NAME_SHOWN_MAX] + "..."
             what = f"no export named {shown!r}" if name else "no default export"
             raise _OptionError(OptionReply.ERR_UNKNOWN, f"{what}; LIST shows what there is")
+        if export.tls_only and not self._is_encrypted:
+            raise _OptionError(OptionReply.ERR_TLS_REQD, f"this export is only for TLS; {_HOW_TO_USE_TLS}")
         return export
 
     def _export_as_told(self, name: str) -> ExportInfo:
@@ -494,7 +551,7 @@ _OPTIONS: dict[int, _Rule] = {
     Option.EXPORT_NAME: _Rule(ServerNegotiation._on_export_name, _Payload.KEEP),
     Option.ABORT: _Rule(ServerNegotiation._on_abort, _Payload.IGNORE),
     Option.LIST: _Rule(ServerNegotiation._on_list, _Payload.NONE),
-    Option.STARTTLS: _Rule(ServerNegotiation._on_starttls, _Payload.IGNORE),
+    Option.STARTTLS: _Rule(ServerNegotiation._on_starttls, _Payload.NONE),
     Option.INFO: _Rule(ServerNegotiation._on_info, _Payload.KEEP),
     Option.GO: _Rule(ServerNegotiation._on_go, _Payload.KEEP),
     Option.STRUCTURED_REPLY: _Rule(ServerNegotiation._on_structured_reply, _Payload.NONE),

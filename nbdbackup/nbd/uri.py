@@ -56,14 +56,14 @@ class NbdUri:
         return f"{scheme}://{place}{path}" + (f"?{query}" if query else "")
 
 
-def format_tcp(host: str, port: int, export: str) -> str:
+def format_tcp(host: str, port: int, export: str, *, tls: bool = False) -> str:
     """The URI of `export` at `host` (a name, an IPv4 or a bare IPv6 address); "" is the default export."""
-    return str(NbdUri(export=export, host=host, port=port))
+    return str(NbdUri(export=export, host=host, port=port, tls=tls))
 
 
-def format_unix(path: str, export: str) -> str:
+def format_unix(path: str, export: str, *, tls: bool = False) -> str:
     """The URI of `export` on the Unix socket `path`; "" is the default export."""
-    return str(NbdUri(export=export, socket_path=path))
+    return str(NbdUri(export=export, socket_path=path, tls=tls))
 
 
 def is_uri(text: str) -> bool:

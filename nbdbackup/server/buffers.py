@@ -8,10 +8,10 @@ might grow to.
 """
 
 import mmap
-import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import Protocol
 
 from nbdbackup.block.device import ReadableBuffer
 
@@ -22,6 +22,19 @@ REPLY_BYTES = (1 << 20) + 4096
 REPLY_FLUSH_BYTES = 256 << 10
 """A batch this long is sent even if more requests are waiting, while it is in the cache."""
 PIECES_PER_SEND_MAX = 64
+
+
+class ByteStream(Protocol):
+    """What is needed of a socket, or of TLS on one. Neither call waits: BlockingIOError instead."""
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Receive once; the number of bytes, 0 at the end of the stream."""
+
+    def send(self, data: memoryview, /) -> int:
+        """Send some of `data`; after BlockingIOError, the next call has to begin with the same."""
+
+    def sendmsg(self, buffers: Iterable[memoryview], /) -> int:
+        """As `send`, of several pieces one after the other; the number of bytes that went."""
 
 
 class ReceiveBuffer:
@@ -42,7 +55,7 @@ class ReceiveBuffer:
         self.view[self.end : self.end + len(data)] = data
         self.end += len(data)
 
-    def receive(self, sock: socket.socket) -> int:
+    def receive(self, stream: ByteStream) -> int:
         """Receive once. Returns the number of bytes, 0 at the end of the stream.
 
         Raises:
@@ -52,7 +65,7 @@ class ReceiveBuffer:
             self.start = self.end = 0
         elif self.end == RECEIVE_BYTES:
             self._compact()
-        length = sock.recv_into(self.view[self.end :])
+        length = stream.recv_into(self.view[self.end :])
         self.end += length
         return length
 
@@ -115,7 +128,7 @@ class ReplyBuffer:
             self._queue.extend(map(memoryview, pieces))
             self.queued_bytes += length
 
-    def send(self, sock: socket.socket) -> bool:
+    def send(self, stream: ByteStream) -> bool:
         """Send what the socket takes; True if nothing is left.
 
         Raises:
@@ -123,10 +136,10 @@ class ReplyBuffer:
         """
         try:
             while self._sent < self.used:
-                self._sent += sock.send(self.view[self._sent : self.used])
+                self._sent += stream.send(self.view[self._sent : self.used])
             self.used = self._sent = 0
             while self._queue:
-                self._drop(sock.sendmsg(islice(self._queue, PIECES_PER_SEND_MAX)))
+                self._drop(stream.sendmsg(islice(self._queue, PIECES_PER_SEND_MAX)))
         except BlockingIOError:
             self.is_blocked = True
             return False

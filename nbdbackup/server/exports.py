@@ -26,6 +26,8 @@ class Export:
     node: Node
     description: str = ""
     read_only: bool = False
+    tls_only: bool = False
+    """Shown to clients with TLS alone; so is every snapshot of it."""
     clients: set[Client] = field(default_factory=set)
     contexts: ContextTable = field(init=False)
     """What BLOCK_STATUS can tell of it."""
@@ -42,6 +44,7 @@ class Export:
             self._flags(),
             contexts=self.contexts.names,
             wide_contexts=self.contexts.wide_names,
+            tls_only=self.tls_only,
         )
 
     def _flags(self) -> TransmissionFlags:

@@ -1,11 +1,14 @@
-"""Negotiation over a socket: moves bytes between it and `nbd.negotiation`."""
+"""Negotiation over a socket: moves bytes between it, or TLS on it, and `nbd.negotiation`."""
 
 import asyncio
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.negotiation import ExportCatalog, HandshakeError, Negotiated, ServerNegotiation
+from nbdbackup.nbd.negotiation import ExportCatalog, HandshakeError, Negotiated, ServerNegotiation, TlsMode
+from nbdbackup.server.tls import ServerTls
+from nbdbackup.tls.stream import TlsStream
 
 HANDSHAKE_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 1.0
@@ -13,14 +16,26 @@ SHUTDOWN_TIMEOUT_S = 1.0
 RECEIVE_BYTES = 64 << 10
 
 
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The end of a negotiation, and what the session goes on with."""
+
+    negotiated: Negotiated
+    leftover: bytes
+    """What the client sent behind its last option."""
+    stream: socket.socket | TlsStream
+
+
 class Handshake:
     """One client's negotiation on `sock` (connected, non-blocking), at most `HANDSHAKE_TIMEOUT_S` long."""
 
-    def __init__(self, sock: socket.socket, catalog: ExportCatalog) -> None:
+    def __init__(self, sock: socket.socket, catalog: ExportCatalog, tls: ServerTls | None = None) -> None:
         # Set once.
         self._sock = sock
-        self._negotiation = ServerNegotiation(catalog)
+        self._tls = tls
+        self._negotiation = ServerNegotiation(catalog, TlsMode.OFF if tls is None else tls.mode)
         # Changes while running.
+        self._stream: socket.socket | TlsStream = sock
         self._timeout: asyncio.Timeout | None = None
 
     def shut_down(self) -> None:
@@ -32,13 +47,13 @@ class Handshake:
             if due is not None and due > soon:
                 self._timeout.reschedule(soon)
 
-    async def run(self) -> tuple[Negotiated, bytes] | None:
-        """Agree with the client on an export; None if it left without one.
+    async def run(self) -> Agreement | None:
+        """Agree with the client on an export, and before that on TLS if either wants it.
 
-        The bytes are what the client sent behind its last option.
+        None if the client left without an export.
 
         Raises:
-            ProtocolError: the client broke the protocol, or took too long.
+            ProtocolError: the client broke the protocol, failed to set up TLS, or took too long.
             OSError: the connection broke.
         """
         limit_s = SHUTDOWN_TIMEOUT_S if self._negotiation.shutting_down else HANDSHAKE_TIMEOUT_S
@@ -48,22 +63,41 @@ class Handshake:
         except HandshakeError as error:
             # A last word, as far as the socket takes it: the client may not be listening.
             with suppress(OSError):
-                self._sock.send(error.reply)
+                self._stream.send(memoryview(error.reply))
             raise
         except TimeoutError:
             if self._negotiation.shutting_down:
                 return None
             raise ProtocolError(f"no export chosen within {HANDSHAKE_TIMEOUT_S:g} s") from None
+        finally:
+            if self._negotiation.result is None and isinstance(self._stream, TlsStream):
+                self._stream.close()
 
-    async def _exchange(self) -> tuple[Negotiated, bytes] | None:
-        loop = asyncio.get_running_loop()
+    async def _exchange(self) -> Agreement | None:
         negotiation = self._negotiation
-        await loop.sock_sendall(self._sock, negotiation.greeting())
+        await _send(self._stream, negotiation.greeting())
         while negotiation.result is None and not negotiation.aborted:
-            data = await loop.sock_recv(self._sock, RECEIVE_BYTES)
+            data = await _receive(self._stream)
             if not data:
                 return None
-            await loop.sock_sendall(self._sock, negotiation.receive(data))
+            await _send(self._stream, negotiation.receive(data))
+            if negotiation.wants_tls:
+                assert self._tls is not None
+                self._stream = await self._tls.accept(self._sock)
+                negotiation.tls_started()
         if negotiation.result is None:
             return None
-        return negotiation.result, negotiation.leftover
+        return Agreement(negotiation.result, negotiation.leftover, self._stream)
+
+
+async def _receive(stream: socket.socket | TlsStream) -> bytes:
+    if isinstance(stream, TlsStream):
+        return await stream.receive(RECEIVE_BYTES)
+    return await asyncio.get_running_loop().sock_recv(stream, RECEIVE_BYTES)
+
+
+async def _send(stream: socket.socket | TlsStream, data: bytes) -> None:
+    if isinstance(stream, TlsStream):
+        await stream.send_all(data)
+    else:
+        await asyncio.get_running_loop().sock_sendall(stream, data)

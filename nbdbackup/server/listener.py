@@ -27,11 +27,11 @@ class Listener:
     owns_path: bool = True
     """Whether `path` is removed when the listener is closed."""
 
-    def uri(self, export: str = "") -> str:
-        """The NBD URI of `export` here; also what it was, once the listener is closed."""
+    def uri(self, export: str = "", *, tls: bool = False) -> str:
+        """The NBD URI of `export` here, for use with TLS or without; what it was, once closed."""
         if self.path is not None:
-            return format_unix(self.path, export)
-        return format_tcp(*self.address, export)
+            return format_unix(self.path, export, tls=tls)
+        return format_tcp(*self.address, export, tls=tls)
 
     @property
     def is_public(self) -> bool:

@@ -12,11 +12,14 @@ import socket
 from collections.abc import Sequence
 
 from nbdbackup.errors import NotFoundError, ProtocolError
+from nbdbackup.nbd.negotiation import TlsMode
 from nbdbackup.server.budget import SharedBudget
 from nbdbackup.server.exports import ExportTable
 from nbdbackup.server.handshake import Handshake
 from nbdbackup.server.listener import AddressRange, Listener, is_allowed
 from nbdbackup.server.session import Session
+from nbdbackup.server.tls import ServerTls
+from nbdbackup.tls.stream import TlsStream
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +34,8 @@ KEEPALIVE_PROBES = 4
 class Server:
     """Serves `exports` on `listeners`, at most `clients_max` clients at once (0: no limit).
 
-    TCP clients must be in one of the `allowed` ranges, if there are any. `last_client_left` is set
-    when a client leaves and none remains.
+    TCP clients must be in one of the `allowed` ranges, if there are any. `tls` None: none is
+    offered. `last_client_left` is set when a client leaves and none remains.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class Server:
         listeners: Sequence[Listener],
         clients_max: int = 0,
         allowed: Sequence[AddressRange] = (),
+        tls: ServerTls | None = None,
     ) -> None:
         self.exports = exports
         self.listeners = list(listeners)
         self._allowed = tuple(allowed)
+        self._tls = tls
         self._budget = SharedBudget()
         self._slots = asyncio.Semaphore(clients_max) if clients_max else None
         # Changing while running.
@@ -62,7 +67,8 @@ class Server:
 
     def uris(self, export: str = "") -> list[str]:
         """The URI of `export` on each listener."""
-        return [listener.uri(export) for listener in self.listeners]
+        tls = self._tls is not None and self._tls.mode is TlsMode.REQUIRE
+        return [listener.uri(export, tls=tls) for listener in self.listeners]
 
     async def run(self) -> None:
         """Accept and serve until `stop`; ends when the last client is gone."""
@@ -138,30 +144,31 @@ class Server:
             logger.exception("client %s disconnected by an internal error", peer)
 
     async def _negotiate_and_serve(self, sock: socket.socket, peer: str) -> None:
-        handshake = Handshake(sock, self.exports)
+        handshake = Handshake(sock, self.exports, self._tls)
         self._handshakes.add(handshake)
         try:
             if self._stopping:
                 handshake.shut_down()
-            agreed = await handshake.run()
+            agreement = await handshake.run()
         except ConnectionError:
-            agreed = None  # a probe, most likely: it did not wait for our greeting
+            agreement = None  # a probe, most likely: it did not wait for our greeting
         finally:
             self._handshakes.discard(handshake)
-        if agreed is None:
+        if agreement is None:
             logger.debug("client %s left without choosing an export", peer)
             return
-        negotiated, leftover = agreed
-        export = self.exports.get(negotiated.export.name)
-        session = Session(sock, export, negotiated, self._budget)
+        export = self.exports.get(agreement.negotiated.export.name)
+        session = Session(agreement.stream, export, agreement.negotiated, self._budget)
         logger.info("client %s uses export %s", peer, export.name)
         self._sessions.add(session)
         try:
             if self._stopping:
                 session.shut_down()
-            await session.run(leftover)
+            await session.run(agreement.leftover)
         finally:
             self._sessions.discard(session)
+            if isinstance(agreement.stream, TlsStream):
+                agreement.stream.close()
         logger.info("client %s left export %s", peer, export.name)
 
 

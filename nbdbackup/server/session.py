@@ -34,6 +34,7 @@ from nbdbackup.server.buffers import REPLY_FLUSH_BYTES, ReceiveBuffer, ReplyBuff
 from nbdbackup.server.exports import Export
 from nbdbackup.server.operations import HOLE_BYTES_MIN, explain, perform, tell_status
 from nbdbackup.server.payload import WHOLE_BYTES_MAX, Payload
+from nbdbackup.tls.stream import TlsStream
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ _ZEROES = bytes(HOLE_BYTES_MIN)
 
 
 class Session:
-    """Serves `export` on `sock` (connected, non-blocking) until the client leaves or must go."""
+    """Serves `export` on `sock` (non-blocking, or TLS on such) until the client leaves or must go."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsStream,
         export: Export,
         negotiated: Negotiated,
         budget: SharedBudget | None = None,
@@ -64,6 +65,7 @@ class Session:
         """Without `budget` it has one of its own."""
         # Set once.
         self._sock = sock
+        self._tls = sock if isinstance(sock, TlsStream) else None
         self._loop = asyncio.get_running_loop()
         self._export = export
         self._device = export.node
@@ -150,6 +152,13 @@ class Session:
         if self._receive():
             self._turn()
 
+    def _on_pending(self) -> None:
+        """The socket may have nothing more, but TLS has."""
+        self._turn_scheduled = False
+        if not self._over.done():
+            self._receive()
+            self._turn()
+
     def _on_writable(self) -> None:
         self.last_progress = self._loop.time()
         self._turn()
@@ -215,6 +224,10 @@ class Session:
                 self._end(None)
                 return
         may_read = not (self._no_more_requests or self._stream_ended or self._turn_scheduled or is_paused)
+        if may_read and self._tls is not None and self._tls.has_pending:
+            self._turn_scheduled = True
+            self._loop.call_soon(self._on_pending)
+            may_read = False
         self._watch(reading=may_read, writing=self._replies.is_blocked)
 
     def _watch(self, *, reading: bool, writing: bool) -> None:

@@ -127,13 +127,21 @@ class Server:
             text += received.decode()
         self.uris = tuple(uris)
         for uri in uris:
-            if uri.startswith("nbd://"):
-                self.port = int(uri.removeprefix("nbd://").split("/")[0].rpartition(":")[2])
+            scheme, _, place = uri.partition("://")
+            if scheme in ("nbd", "nbds"):
+                self.port = int(place.split("/")[0].rpartition(":")[2])
         assert not self.tcp or self.port
 
-    def uri(self, export: str = "", transport: str = "") -> str:
-        """The URI of an export; `transport` is "unix" or "tcp", by default the first that is there."""
+    def uri(self, export: str = "", transport: str = "", *, certificates: Path | None = None) -> str:
+        """The URI of an export; `transport` is "unix" or "tcp", by default the first that is there.
+
+        `certificates`: the client's directory, for a server that requires TLS or offers it.
+        """
         name = quote(export, safe="")
+        if certificates is not None:
+            if transport != "tcp" and self.socket_path is not None:
+                return f"nbds+unix:///{name}?socket={self.socket_path}&tls-certificates={certificates}"
+            return f"nbds://127.0.0.1:{self.port}/{name}?tls-certificates={certificates}"
         if transport == "tcp" or (not transport and self.socket_path is None):
             return f"nbd://127.0.0.1:{self.port}/{name}"
         return f"nbd+unix:///{name}?socket={self.socket_path}"

@@ -12,7 +12,7 @@ import pytest
 from nbdbackup import daemon
 from nbdbackup.cli.main import build_parser, main
 from nbdbackup.cli.serve import serve_options
-from nbdbackup.daemon import ServeOptions, SourceSpec, TcpAddress, UnixAddress
+from nbdbackup.daemon import ServeOptions, SourceSpec, TcpAddress, TlsOptions, UnixAddress
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 
 
@@ -60,6 +60,21 @@ def test_remote_source_is_named_as_given_or_as_there(argument: str, name: str, u
 
 def test_export_name_option_names_a_single_source() -> None:
     assert options_of("-x", "disk", "/d/vm.img").sources == (SourceSpec("disk", "/d/vm.img"),)
+
+
+def test_credentials_alone_require_tls_and_a_list_of_names_wants_certificates() -> None:
+    here = Path.cwd()
+    assert options_of("/x").tls is None
+    assert options_of("--tls", "off", "/x").tls is None
+    assert options_of("--tls-creds", "d", "/x").tls == TlsOptions(True, here / "d")
+    assert options_of("--tls-psk", "f", "/x").tls == TlsOptions(True, keys=here / "f")
+    named = options_of("--tls-creds", "d", "--tls-authz", "CN=a", "--tls-authz", "CN=b", "/x").tls
+    assert named == TlsOptions(True, here / "d", verify_peer=True, authorised=("CN=a", "CN=b"))
+    listed = options_of("--tls-creds", "d", "--tls-authz-file", "n", "/x").tls
+    assert listed == TlsOptions(True, here / "d", verify_peer=True, authorised_file=here / "n")
+    offered = options_of("--tls", "on", "--tls-creds", "d", "--tls-only", "x", "/x", "/y")
+    assert offered.tls == TlsOptions(False, here / "d")
+    assert offered.tls_only == {"x"}
 
 
 def test_paths_are_absolute_so_that_fork_may_change_directory() -> None:
@@ -145,7 +160,16 @@ def test_state_directory_is_found_by_option_then_environment_then_user(
         (["--fork", "--run", "true", "/x"], "contradict"),
         (["-D", "d" * 4097, "/x"], "at most 4096 bytes"),
         (["--discard", "maybe", "/x"], "invalid choice"),
-        (["--tls", "on", "/x"], "unrecognized arguments: --tls"),
+        (["--tls", "on", "/x"], "--tls on needs --tls-creds DIR or --tls-psk FILE"),
+        (["--tls", "require", "/x"], "--tls require needs --tls-creds DIR or --tls-psk FILE"),
+        (["--tls", "off", "--tls-creds", "d", "/x"], "contradict"),
+        (["--tls-creds", "d", "--tls-psk", "f", "/x"], "contradict"),
+        (["--tls-verify-peer", "/x"], "need --tls-creds DIR"),
+        (["--tls-authz", "CN=a", "/x"], "need --tls-creds DIR"),
+        (["--tls-psk", "f", "--tls-verify-peer", "/x"], "--tls-psk goes without"),
+        (["--tls-psk", "f", "--tls-authz-file", "n", "/x"], "--tls-psk goes without"),
+        (["--tls-only", "x", "/x"], "--tls-only needs --tls on"),
+        (["--tls", "on", "--tls-creds", "d", "--tls-only", "y", "/x"], "no source is called that"),
         (["--cache", "none", "/x"], "unrecognized arguments: --cache"),
         ([], "SOURCE"),
     ],

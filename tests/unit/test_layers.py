@@ -17,17 +17,18 @@ import nbdbackup
 
 PACKAGE = Path(nbdbackup.__file__).parent
 OPEN_TO_ALL = {"errors", "extents"}
-BELOW_DAEMON = {"bitmap", "block", "fleece", "job", "monitor", "nbd", "server"}
+BELOW_DAEMON = {"bitmap", "block", "fleece", "job", "monitor", "nbd", "server", "tls"}
 
 ROOMS = {
     "errors": set[str](),
     "extents": set[str](),
     "nbd": set[str](),
+    "tls": set[str](),
     "bitmap": set[str](),
     "block": set[str](),
     "fleece": {"bitmap", "block"},
     "job": {"bitmap", "block", "fleece"},
-    "server": {"bitmap", "block", "nbd"},
+    "server": {"bitmap", "block", "nbd", "tls"},
     "monitor": {"bitmap", "block", "fleece", "job", "server"},
     "daemon": BELOW_DAEMON,
     "cli": {*BELOW_DAEMON, "daemon"},

@@ -181,7 +181,7 @@ def test_09_large_payload_that_nobody_needs_is_never_kept(code: int) -> None:
         == {
             wire.LIST: wire.ERR_INVALID,
             wire.ABORT: wire.ACK,
-            wire.STARTTLS: wire.ERR_POLICY,
+            wire.STARTTLS: wire.ERR_INVALID,
             wire.GO: wire.ERR_TOO_BIG,
             99: wire.ERR_UNSUP,
         }[code]

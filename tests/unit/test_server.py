@@ -125,6 +125,7 @@ async def test_5_tcp_clients_are_not_delayed_and_dead_ones_are_noticed() -> None
         client = await connect(listener)
         await wait_until(lambda: bool(served.server._sessions))
         (session,) = served.server._sessions
+        assert isinstance(session._sock, socket.socket)
         assert session._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert session._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         client.sock.close()

@@ -1,0 +1,40 @@
+"""The server's TLS: for whom, with what credentials, and how a client's connection gets it."""
+
+import logging
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nbdbackup.errors import ProtocolError
+from nbdbackup.nbd.negotiation import TlsMode
+from nbdbackup.tls.names import DistinguishedName, is_authorised
+from nbdbackup.tls.stream import TlsStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """What STARTTLS leads to; `mode` is not OFF."""
+
+    mode: TlsMode
+    context: ssl.SSLContext
+    authorised: Sequence[DistinguishedName] | None = None
+    """Clients whose certificate is not for one of these are disconnected; None: no such list."""
+
+    async def accept(self, sock: socket.socket) -> TlsStream:
+        """Do the handshake on `sock`, which stays the caller's to close; the caller limits the time.
+
+        Raises:
+            ProtocolError: it failed, or the client is not authorised. OSError: the connection broke.
+        """
+        stream = TlsStream(sock, self.context, server_side=True)
+        await stream.handshake()
+        name = stream.peer_name
+        if self.authorised is not None and not is_authorised(name, self.authorised):
+            stream.close()
+            shown = f"its certificate is for {name}" if name is not None else "its certificate has no name"
+            raise ProtocolError(f"not authorised: {shown}, which is not on the list (--tls-authz)")
+        logger.debug("%s%s", stream.version, f" with {name}" if name is not None else "")
+        return stream
