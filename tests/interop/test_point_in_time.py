@@ -141,7 +141,7 @@ def test_pull_and_push_equal_the_disk_at_the_moment_of_the_point_in_time(
         writer.wait_for_batches(5)
         writer.pause()
         # A rate that leaves most of the disk to be copied while the writer writes again.
-        rate = str(size // 30)
+        rate = str(size // 300)
         job = ("--job-id", "push", "--no-wait", "-r", rate, "--scratch", where)
         server.cli("backup", "disk", str(push), *job)
         server.cli("snapshot", "create", "disk", "--name", "s")
@@ -149,8 +149,8 @@ def test_pull_and_push_equal_the_disk_at_the_moment_of_the_point_in_time(
         reference = sha256(tmp_path / "reference.img")
         writer.go_on()
         writer.wait_for_batches(20)
-        run(require("qemu-img"), "convert", "-O", "raw", server.uri("disk@s"), pull, timeout_s=LONG_S)
         server.cli("job", "set-speed", "push", "0")
+        run(require("qemu-img"), "convert", "-O", "raw", server.uri("disk@s"), pull, timeout_s=LONG_S)
         server.cli("job", "watch", "push", timeout_s=LONG_S)
     assert sha256(push) == reference
     assert sha256(pull) == reference
