@@ -6,10 +6,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.server import Server
 
 ServeFunction = Callable[..., Server]
+
+# An example that a busy machine slows down is no failure; pytest's own limit bounds the whole test.
+settings.register_profile("nbdbackup", deadline=None)
+settings.load_profile("nbdbackup")
 
 
 @pytest.fixture(autouse=True)

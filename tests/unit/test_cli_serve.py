@@ -147,6 +147,8 @@ def test_state_directory_is_found_by_option_then_environment_then_user(
         (["-x", "n", "/x", "/y"], "NAME=SOURCE for each"),
         (["-x", "n", "m=/y"], "contradict"),
         (["=/x"], "empty NAME"),
+        (["--allow", "10.0.0.0/40", "/x"], "'10.0.0.0/40' is no address range"),
+        (["--read-only-export", "y", "x=/x"], "no SOURCE is called so, only x"),
         (["n="], "names no file"),
         (["n@1=/x"], "cannot be a NAME"),
         (["-x", "../n", "/x"], "cannot be a NAME"),
