@@ -9,7 +9,7 @@ The rooms, from the bottom up (each may import those above it in this list, as
 
     errors, extents   open to everyone
     nbd               the wire protocol, sans-I/O
-    tls                 credentials, names, and a stream over a socket
+    tls               credentials, names, and a stream over a socket
     bitmap            one bit per cluster
     block             devices, the node and its filters
     fleece            copy-before-write, snapshot view, block copy
