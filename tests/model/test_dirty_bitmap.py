@@ -142,22 +142,25 @@ class DirtyBitmapMachine(RuleBasedStateMachine):
         self.bitmap.merge_clusters(bitmap)
         return multiple()
 
-    @rule()
-    def begin_to_freeze(self) -> None:
-        if self.freeze is not None:
-            self.freeze.end()
+    @precondition(lambda self: self.freeze is None)
+    @rule(pieces=st.sampled_from((0, 1, 100)))
+    def begin_to_freeze(self, pieces: int) -> None:
         self.freeze = Freeze(self.bitmap)
         self.pieces = self.freeze.pieces()
+        self.copy_pieces(pieces)
 
     @precondition(lambda self: self.freeze is not None)
-    @rule()
-    def copy_a_piece(self) -> None:
-        next(self.pieces, None)
+    @rule(pieces=st.sampled_from((1, 100)))
+    def copy_pieces(self, pieces: int) -> None:
+        for _, _ in zip(range(pieces), self.pieces, strict=False):
+            pass
 
     @rule()
-    def end_to_freeze(self) -> None:
+    def finish_to_freeze(self) -> None:
         freeze = self.freeze or Freeze(self.bitmap)
-        self.frozen.append((freeze.finish(), self.all_granules()))
+        frozen, expected = freeze.finish(), self.all_granules()
+        assert told(frozen, 0, self.size) == bytes_of(expected, frozen.granularity, self.size)
+        self.frozen.append((frozen, expected))
         self.freeze = None
 
     @invariant()
