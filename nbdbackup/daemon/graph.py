@@ -150,7 +150,7 @@ async def _flush_and_close(device: BlockDevice) -> None:
 
 def refuse_same_file(source: BlockDevice, path: str) -> None:
     """Raises UsageError if `path` is the file or block device that `source` is made of."""
-    fd = source.offload_fd()
+    fd = _bottom(source).offload_fd()
     if fd is None:
         return
     try:
@@ -174,5 +174,9 @@ def is_same_server(uri: str, own: str) -> bool:
 
 
 def _allocated(device: BlockDevice) -> int | None:
-    fd = device.offload_fd()
+    fd = _bottom(device).offload_fd()
     return None if fd is None else os.fstat(fd).st_blocks * BLOCK_BYTES
+
+
+def _bottom(device: BlockDevice) -> BlockDevice:
+    return device.bottom if isinstance(device, Node) else device
