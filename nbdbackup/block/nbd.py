@@ -62,6 +62,9 @@ class NbdDevice(BlockDevice):
         self._discard = discard
         self._piece_bytes = self._whole_blocks(min(export.payload_bytes_max, PIECE_BYTES_MAX))
         self._range_bytes = self.size if export.extended_headers else RANGE_BYTES_MAX
+        self._cache_bytes = self._whole_blocks(
+            CACHE_BYTES_MAX if export.extended_headers else RANGE_BYTES_MAX
+        )
         fast_zero = TransmissionFlags.SEND_FAST_ZERO | TransmissionFlags.SEND_WRITE_ZEROES
         self.features = Features(
             trim=discard and self._offers(TransmissionFlags.SEND_TRIM),
@@ -223,7 +226,7 @@ class NbdDevice(BlockDevice):
             await self._write_zero_bytes(piece)
 
     async def _zero_piece(self, piece: Extent, flags: int, fast: bool) -> bool:
-        """Zero it in one request; False: the server does not do that, or not fast, and nothing has changed."""
+        """Zero it in one request; False: the server does not, or not fast, and nothing has changed."""
         flags |= CommandFlags.FAST_ZERO if fast else 0
         operation = Operation(Command.WRITE_ZEROES, piece.offset, piece.length, flags)
         [reply] = await self._session.perform(operation)
@@ -260,11 +263,21 @@ class NbdDevice(BlockDevice):
     async def cache(self, offset: int, length: int) -> None:
         assert 0 <= offset <= offset + length <= self.size
         area = self._whole(Extent(offset, length))
-        if self._offers(TransmissionFlags.SEND_CACHE):
-            length_max = min(self._range_bytes, self._whole_blocks(CACHE_BYTES_MAX))
-            await self._do_all(
-                Operation(Command.CACHE, piece.offset, piece.length) for piece in area.split(length_max)
-            )
+        if not self._offers(TransmissionFlags.SEND_CACHE):
+            return
+        try:
+            await self._cache_blocks(area)
+        except DeviceError as error:
+            # QEMU takes no more at once than it takes of a READ.
+            length_max = self._whole_blocks(min(self.export.payload_bytes_max, self._cache_bytes))
+            if error.errno != errno.EINVAL or area.length <= length_max:
+                raise
+            self._cache_bytes = length_max
+            await self._cache_blocks(area)
+
+    async def _cache_blocks(self, area: Extent) -> None:
+        pieces = area.split(self._cache_bytes)
+        await self._do_all(Operation(Command.CACHE, piece.offset, piece.length) for piece in pieces)
 
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         assert 0 <= offset <= offset + length <= self.size

@@ -212,7 +212,7 @@ def test_data_of_a_large_read_is_received_into_the_readers_own_memory(extended: 
 def test_reads_large_and_small_are_whole_however_they_arrive(lengths: list[int], piece_bytes: int) -> None:
     client = ReplyParser(structured=True)
     raw = b""
-    expected = {}
+    expected: dict[int, bytes] = {}
     for cookie, length in enumerate(lengths):
         content = bytes([cookie + 1]) * length
         client.expect(Command.READ, cookie, 0, length)
