@@ -62,9 +62,7 @@ class NbdDevice(BlockDevice):
         self._discard = discard
         self._piece_bytes = self._whole_blocks(min(export.payload_bytes_max, PIECE_BYTES_MAX))
         self._range_bytes = self.size if export.extended_headers else RANGE_BYTES_MAX
-        self._cache_bytes = self._whole_blocks(
-            CACHE_BYTES_MAX if export.extended_headers else RANGE_BYTES_MAX
-        )
+        self._cache_bytes = min(self._range_bytes, self._whole_blocks(CACHE_BYTES_MAX))
         fast_zero = TransmissionFlags.SEND_FAST_ZERO | TransmissionFlags.SEND_WRITE_ZEROES
         self.features = Features(
             trim=discard and self._offers(TransmissionFlags.SEND_TRIM),

@@ -45,11 +45,12 @@ async def read(device: NbdDevice, offset: int, length: int) -> bytes:
 class Load:
     """Workers that write, read back and compare, each in its own part of the disk."""
 
-    def __init__(self, device: NbdDevice, workers: int = 8) -> None:
+    def __init__(self, device: NbdDevice, workers: int = 8, block_bytes: int = BLOCK) -> None:
         self.device = device
         self.model = bytearray(device.size)
         self.count = 0
         self._workers = workers
+        self._block_bytes = block_bytes
         self._is_over = False
         self._progress = asyncio.Event()
 
@@ -76,19 +77,20 @@ class Load:
     async def _work(self, worker: int) -> None:
         chance = random.Random(worker)
         part = self.device.size // self._workers
+        size = self._block_bytes
         while not self._is_over:
-            offset = worker * part + chance.randrange(part - BLOCK)
-            area = slice(offset, offset + BLOCK)
+            offset = worker * part + chance.randrange(part - size)
+            area = slice(offset, offset + size)
             kind = chance.choice(("write", "write", "zero", "read", "flush"))
             if kind == "write":
-                data = chance.randbytes(BLOCK)
+                data = chance.randbytes(size)
                 await self.device.write(offset, data, fua=chance.random() < 0.1)
                 self.model[area] = data
             elif kind == "zero":
-                await self.device.write_zeroes(offset, BLOCK)
-                self.model[area] = bytes(BLOCK)
+                await self.device.write_zeroes(offset, size)
+                self.model[area] = bytes(size)
             elif kind == "read":
-                assert await read(self.device, offset, BLOCK) == self.model[area]
+                assert await read(self.device, offset, size) == self.model[area]
             elif chance.random() < 0.1:
                 await self.device.flush()
             self.count += 1
