@@ -444,13 +444,13 @@ def _difference(before: RemoteExport, after: RemoteExport) -> str:
     """How `after` is another disk than `before`; "" if it is the same."""
     if after.size != before.size:
         return f"it has {after.size} bytes, not {before.size}"
+    forms = [(export.structured_replies, export.extended_headers) for export in (before, after)]
+    if forms[0] != forms[1]:
+        return "its kind of replies has changed"
     if after.flags != before.flags:
         return f"its flags are {after.flags!r}, not {before.flags!r}"
     if (before.block_size_min, before.payload_bytes_max) != (after.block_size_min, after.payload_bytes_max):
         return "its block sizes have changed"
-    forms = [(export.structured_replies, export.extended_headers) for export in (before, after)]
-    if forms[0] != forms[1]:
-        return "its kind of replies has changed"
     if {name for _, name in before.contexts} != {name for _, name in after.contexts}:
         return "its meta contexts have changed"
     return ""

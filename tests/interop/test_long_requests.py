@@ -64,7 +64,7 @@ def sparse(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("server", ["nbdbackup", "qemu-nbd-10"])
-async def test_more_than_4_gib_is_one_request_where_headers_are_extended(
+async def test_51_73_more_than_4_gib_is_one_request_where_headers_are_extended(
     tmp_path: Path, server: str, sent: Sent
 ) -> None:
     image = sparse(tmp_path)

@@ -16,7 +16,7 @@ from nbdbackup.block.nbd_connection import Limits
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.errors import DeviceError
 from tests.support.disks import make_sparse
-from tests.support.foreign_servers import ForeignServer, nbdkit, qemu_nbd
+from tests.support.foreign_servers import ForeignServer, nbdkit, newer_qemu_nbd, qemu_nbd
 from tests.support.own_server import serving
 
 MIB = 1 << 20
@@ -227,6 +227,20 @@ async def test_another_disk_that_comes_back_is_refused_for_good() -> None:
                         await device.read(0, bytearray(4))
                 with pytest.raises(DeviceError):
                     await device.flush()
+
+
+async def test_server_that_comes_back_without_extended_headers_is_refused(tmp_path: Path) -> None:
+    # Requests may be under way that only these can express.
+    image = make_sparse(tmp_path / "disk.img", SIZE)
+    commands = [newer_qemu_nbd(image), qemu_nbd(image)]
+    with ForeignServer(lambda path: commands.pop(0)(path)) as server:
+        async with opened(server.uri("disk")) as device:
+            assert device.export.extended_headers
+            server.kill()
+            await asyncio.to_thread(server.start)
+            async with asyncio.timeout(LIMIT_S):
+                with pytest.raises(DeviceError, match=r"another disk .* its kind of replies has changed"):
+                    await device.read(0, bytearray(4))
 
 
 async def test_journal_flushes_by_itself_and_stays_within_its_bound() -> None:

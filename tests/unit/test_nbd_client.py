@@ -76,7 +76,7 @@ def test_client_and_server_agree_on_everything(name: str, piece_bytes: int) -> N
     assert negotiated.requested_name == name
 
 
-def test_client_that_wants_extended_headers_asks_for_them_first() -> None:
+def test_46_client_that_wants_extended_headers_asks_for_them_first() -> None:
     client = ClientNegotiation("disk@s1", want_extended=True)
     negotiated = negotiate(client)
     assert negotiated.extended_headers
@@ -87,7 +87,7 @@ def test_client_that_wants_extended_headers_asks_for_them_first() -> None:
 
 @pytest.mark.parametrize("error", [wire.ERR_UNSUP, wire.ERR_POLICY, wire.ERR_INVALID, 0x80000063])
 @pytest.mark.parametrize("structured", [False, True])
-def test_server_that_refuses_extended_headers_is_used_without_them(error: int, structured: bool) -> None:
+def test_46_server_that_refuses_extended_headers_is_used_without_them(error: int, structured: bool) -> None:
     client = ClientNegotiation("disk", want_structured=structured, want_extended=True, contexts=())
     sent = client.receive(GREETING + b"\0\3")
     assert sent == wire.client_flags() + wire.option(wire.EXTENDED_HEADERS)
@@ -100,7 +100,7 @@ def test_server_that_refuses_extended_headers_is_used_without_them(error: int, s
     assert (client.result.extended_headers, client.result.structured_replies) == (False, structured)
 
 
-def test_export_name_is_not_asked_for_after_extended_headers() -> None:
+def test_47_export_name_is_not_asked_for_after_extended_headers() -> None:
     client = ClientNegotiation("disk", want_extended=True, contexts=())
     client.receive(GREETING + b"\0\3" + wire.option_reply(wire.EXTENDED_HEADERS, wire.ACK))
     with pytest.raises(ProtocolError, match="refuses export 'disk' with ERR_UNSUP"):
