@@ -175,7 +175,7 @@ def _add_tls(parser: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="certificates, named as QEMU and nbdkit have them: ca-cert.pem, server-cert.pem, "
-        "server-key.pem, and ca-crl.pem if some are revoked; read once, at the start",
+        "server-key.pem, and ca-crl.pem if some are revoked; new ones count for new connections",
     )
     parser.add_argument(
         "--tls-psk",
@@ -202,6 +202,14 @@ def _add_tls(parser: Parser) -> None:
         type=Path,
         metavar="FILE",
         help="distinguished names as for --tls-authz, one a line",
+    )
+    parser.add_argument(
+        "--export-authz",
+        action="append",
+        default=[],
+        metavar="EXPORT=NAME",
+        help="this export and its snapshots exist only for the TLS client of this distinguished name, or, "
+        "with --tls-psk, of this key's name (may be repeated, for several clients and exports)",
     )
     parser.add_argument(
         "--tls-only",
@@ -257,7 +265,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
     sources = _sources(namespace.sources, namespace.export_name, namespace.format)
     tls = tls_options(namespace)
     return ServeOptions(
-        sources=_mark_read_only(sources, namespace.read_only_export),
+        sources=_authorise(_mark_read_only(sources, namespace.read_only_export), namespace.export_authz, tls),
         listeners=_inherited_listeners(namespace)
         or _listeners(namespace.bind, namespace.port, namespace.socket),
         allowed=tuple(namespace.allow),
@@ -360,6 +368,27 @@ def _mark_read_only(sources: tuple[SourceSpec, ...], names: list[str]) -> tuple[
         if name not in known:
             raise UsageError(f"--read-only-export {name}: no SOURCE is called so, only {', '.join(known)}")
     return tuple(replace(source, read_only=source.name in names) for source in sources)
+
+
+def _authorise(
+    sources: tuple[SourceSpec, ...], arguments: list[str], tls: TlsOptions | None
+) -> tuple[SourceSpec, ...]:
+    """`sources` with the clients that `arguments`, each EXPORT=NAME, let see them."""
+    if arguments and tls is None:
+        raise UsageError("--export-authz needs --tls-creds or --tls-psk: TLS tells who a client is")
+    names: dict[str, list[str]] = {source.name: [] for source in sources}
+    for argument in arguments:
+        # Names of exports may have a '=' in them, and those of clients mostly do.
+        export = next((name for name in names if argument.startswith(f"{name}=")), None)
+        if export is None:
+            raise UsageError(
+                f"--export-authz {argument}: not EXPORT=NAME with an EXPORT out of {', '.join(names)}"
+            )
+        name = argument.removeprefix(f"{export}=")
+        if not name:
+            raise UsageError(f"--export-authz {argument}: names no client")
+        names[export].append(name)
+    return tuple(replace(source, authorised=tuple(names[source.name])) for source in sources)
 
 
 def _inherited_listeners(namespace: argparse.Namespace) -> tuple[InheritedSocket, ...]:

@@ -17,6 +17,8 @@ class SourceSpec:
     """"raw", or None for raw after checking that the content does not look like another format."""
     read_only: bool = False
     """Refuse every write to this one, whatever holds for the others."""
+    authorised: tuple[str, ...] = ()
+    """Distinguished names, or names of pre-shared keys: nobody else is shown it; none: all are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.systemd import keep_notifying, notify
-from nbdbackup.daemon.tls import server_tls, warn_if_open
+from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
@@ -69,7 +69,7 @@ async def serve(options: ServeOptions) -> int:
         state = StateDirectory(options.state_dir)
         state.open()
         stack.callback(state.close)
-        tls = server_tls(options.tls)
+        tls = server_tls(options)
         exports = ExportTable()
         graph = Graph(exports)
         stack.push_async_callback(graph.close)
@@ -178,7 +178,8 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
             await device.close()
             raise
         tls_only = source.name in options.tls_only
-        exports.add(Export(source.name, node, options.description, read_only, tls_only))
+        authorised = clients_of(source, options.tls)
+        exports.add(Export(source.name, node, options.description, read_only, tls_only, authorised))
 
 
 def _remote_options(options: ServeOptions) -> RemoteOptions:
