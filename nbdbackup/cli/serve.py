@@ -20,6 +20,7 @@ from nbdbackup.cli.parser import (
     argument_type,
     control_path,
     count,
+    is_control_given,
     only,
     seconds,
     state_directory,
@@ -270,6 +271,8 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         or _listeners(namespace.bind, namespace.port, namespace.socket),
         allowed=tuple(namespace.allow),
         control=_socket_path("--control", str(control_path(namespace.control))),
+        # A mistyped path must fail, and not come into being; the default one is ours to make.
+        makes_control_directory=not is_control_given(namespace.control),
         state_dir=state_directory(namespace.state_dir).absolute(),
         read_only=namespace.read_only,
         clients_max=namespace.shared,

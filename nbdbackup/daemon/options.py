@@ -67,6 +67,8 @@ class ServeOptions:
     listeners: tuple[TcpAddress | UnixAddress | InheritedSocket, ...]
     control: Path
     state_dir: Path
+    makes_control_directory: bool = False
+    """Whether the control socket's directory is made if it is missing."""
     read_only: bool = False
     clients_max: int = 0
     """0: no limit."""

@@ -97,6 +97,8 @@ async def _run(
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
         services = Services(jobs, snapshots, backups, graph, stop.request_by_qmp)
+        if options.makes_control_directory:
+            options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
