@@ -26,6 +26,7 @@ from nbdbackup.cli.parser import (
     state_directory,
 )
 from nbdbackup.daemon import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, TlsOptions, UnixAddress
+from nbdbackup.daemon.options import STOP_TIMEOUT_S
 from nbdbackup.daemon.systemd import take_inherited_sockets
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
 from nbdbackup.nbd import uri as nbd_uri
@@ -135,6 +136,14 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--exit-on-last", action="store_true", help="leave when the last client has left")
     parser.add_argument(
         "-t", "--persistent", action="store_true", help="go on when the last client has left (the default)"
+    )
+    parser.add_argument(
+        "--stop-timeout",
+        type=seconds,
+        default=STOP_TIMEOUT_S,
+        metavar="SECONDS",
+        help="once it is to stop, the server ends within this time: if a disk hangs, the others are flushed, "
+        f"it says what it left undone, and its status is 1 (default {STOP_TIMEOUT_S:g})",
     )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
     add_verbose(parser)
@@ -284,6 +293,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,
         exit_on_last=namespace.exit_on_last,
+        stop_timeout_s=namespace.stop_timeout,
     )
 
 

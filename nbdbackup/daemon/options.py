@@ -6,6 +6,9 @@ from pathlib import Path
 from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.server.listener import AddressRange
 
+STOP_TIMEOUT_S = 60.0
+"""Less than service managers wait before they kill."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
@@ -86,3 +89,5 @@ class ServeOptions:
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""
     exit_on_last: bool = False
+    stop_timeout_s: float = STOP_TIMEOUT_S
+    """Once it shall end, it does within this time, whatever it has to leave undone."""

@@ -65,6 +65,15 @@ class Server:
         """Connected clients, negotiating ones too."""
         return len(self._clients)
 
+    def requests_in_flight(self) -> dict[str, int]:
+        """How many requests the devices are busy with, for each export that has any."""
+        counts: dict[str, int] = {}
+        for session in self._sessions:
+            if session.requests_in_flight:
+                name = session.export_name
+                counts[name] = counts.get(name, 0) + session.requests_in_flight
+        return counts
+
     def uris(self, export: str = "") -> list[str]:
         """The URI of `export` on each listener."""
         tls = self._tls is not None and self._tls.mode is TlsMode.REQUIRE
