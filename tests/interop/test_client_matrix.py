@@ -5,9 +5,9 @@ which they were), and whether there is TLS. Two kinds of peers stand between us 
 nbdkit's nbd plugin and qemu-storage-daemon's nbd driver; libnbd is used directly, to send what is wrong.
 
 What is not here is elsewhere: QEMU's tools of Debian 12 and libnbd's in test_qemu_img, test_qemu_io,
-test_libnbd and test_tls, Debian 13's in the clear in test_extended_headers, the kernel's in test_kernel. nbdkit
-and QEMU ask for the best replies that they know and cannot be told not to, so that simple ones are for
-libnbd and the kernel.
+test_libnbd and test_tls, Debian 13's in the clear in test_extended_headers, the kernel's in test_kernel.
+nbdkit and QEMU ask for the best replies that they know and cannot be told not to, so that simple ones are
+for libnbd and the kernel.
 """
 
 import random
