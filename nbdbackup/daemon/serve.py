@@ -20,6 +20,7 @@ from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
+from nbdbackup.daemon.transaction import Transactions
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
@@ -90,6 +91,8 @@ async def serve(options: ServeOptions) -> int:
             if failure is None:
                 raise
             raise failure from None
+        finally:
+            ending.begin()
 
 
 async def _run(
@@ -108,7 +111,7 @@ async def _run(
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
-        services = Services(jobs, snapshots, backups, graph, stop.request_by_qmp)
+        services = Services(jobs, snapshots, backups, graph, Transactions(), stop.request_by_qmp)
         if options.makes_control_directory:
             options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with monitor(options.control, services) as control:
