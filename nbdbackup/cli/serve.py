@@ -143,7 +143,7 @@ def add_parser(verbs: Verbs) -> None:
         default=STOP_TIMEOUT_S,
         metavar="SECONDS",
         help="once it is to stop, the server ends within this time: if a disk hangs, the others are flushed, "
-        f"it says what it left undone, and its status is 1 (default {STOP_TIMEOUT_S:g})",
+        f"it says what it left undone, and its status is 1 (default {STOP_TIMEOUT_S:g}; 0: no limit)",
     )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
     add_verbose(parser)

@@ -33,7 +33,7 @@ STATUS_ABANDONED = 1
 
 
 class Ending:
-    """Ends the process `limit_s` after `begin`, unless `close` comes first."""
+    """Ends the process `limit_s` (0: no limit) after `begin`, unless `close` comes first."""
 
     def __init__(self, limit_s: float, graph: Graph, leftovers: Sequence[Path]) -> None:
         """`leftovers`: files that say that the daemon is there, and must not outlive it."""
@@ -48,7 +48,7 @@ class Ending:
 
     def begin(self) -> None:
         """The time runs from now on, by the running event loop; once is enough."""
-        if self._watching is None:
+        if self._watching is None and self._limit_s:
             self._watching = asyncio.get_running_loop().create_task(self._watch(), name="ending")
 
     def close(self) -> None:

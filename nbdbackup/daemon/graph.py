@@ -1,6 +1,7 @@
 """Every node of the daemon by its name, and what each is used for."""
 
 import asyncio
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
 from nbdbackup.block.open import open_device
-from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, UsageError
 from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode
 from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.server.exports import ExportTable
@@ -120,8 +121,17 @@ class Graph:
                 raise outcome
 
     async def _close(self, name: str, entry: Entry) -> None:
-        if entry.child is None:
-            await _flush_and_close(entry.node.root)
+        try:
+            if entry.child is None:
+                await _flush_and_close(entry.node.root)
+        except DeviceError:
+            raise
+        except OSError as error:
+            raise DeviceError(
+                error.errno or errno.EIO,
+                f"{name} could not be flushed, and what was written to it may be lost: "
+                f"{error.strerror or error}",
+            ) from error
         # Only now: until it is flushed, it counts as open.
         del self._entries[name]
 

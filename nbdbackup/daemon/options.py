@@ -90,4 +90,4 @@ class ServeOptions:
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""
     exit_on_last: bool = False
     stop_timeout_s: float = STOP_TIMEOUT_S
-    """Once it shall end, it does within this time, whatever it has to leave undone."""
+    """Once it shall end, it does within this time, whatever it has to leave undone; 0: no limit."""

@@ -77,6 +77,22 @@ def test_disk_that_is_slow_and_not_hung_is_flushed_and_nothing_abandoned(tmp_pat
         assert "abandoned" not in server.log()
 
 
+def test_flush_that_fails_at_the_end_is_told_and_changes_the_status(tmp_path: Path) -> None:
+    shell = ("get_size=echo 1M", "pread=head -c $3 /dev/zero", "pwrite=cat >/dev/null")
+    flush = "flush=echo ENOSPC full >&2; exit 1"
+    with (
+        ForeignServer(nbdkit("eval", *shell, flush)) as remote,
+        Server({"full": remote.uri(), "disk": make_disk(tmp_path / "disk.img", MIB)}) as server,  # type: ignore[dict-item]
+    ):
+        with RawClient(server) as client:
+            client.go("full")
+            client.request(CMD_WRITE, 0, 512, b"x" * 512)
+            assert client.simple_reply().error == 0
+        assert stopped(server, 10) == 1
+        line = server.log().splitlines()[-1]
+        assert line.startswith(f"nbdbackup: writes to {remote.uri()} may be lost: it failed to flush")
+
+
 def test_program_of_run_that_ignores_the_end_holds_it_up_no_longer(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "disk.img", MIB)
     ready = tmp_path / "ready"
