@@ -14,8 +14,8 @@ from tests.support.processes import wait_until
 from tests.support.raw_client import CMD_READ, CMD_WRITE, RawClient
 from tests.support.server import Server
 
-LIMIT_S = 4.0
-SLACK_S = 4.0
+LIMIT_S = 8.0
+SLACK_S = 12.0
 PATIENCE_S = 10.0
 """With a client that leaves its replies unread."""
 
