@@ -54,6 +54,9 @@ def test_disk_that_hangs_holds_up_the_end_no_longer_than_the_limit(
             os.kill(remote.process.pid, signal.SIGSTOP)
             for cookie in range(in_flight):
                 hung.request(CMD_READ, 0, 4096, cookie=cookie)
+            # Refused without the disk, so that the answer says that the others are under way.
+            hung.request(CMD_READ, 1 << 40, 4096, cookie=77)
+            assert hung.simple_reply().cookie == 77
             assert stopped(server, LIMIT_S) == 1
         (line,) = [line for line in server.log().splitlines() if "abandoned" in line]
         assert "the flush of hung, which may lose what was written to it (no answer)" in line
