@@ -25,7 +25,7 @@ MISSING = "atheris is not installed: " + (
 
 _INPUT_TIMEOUT_S = 20
 _MEMORY_MIB_MAX = 1024
-_EXIT_SLACK_S = 120
+_EXIT_SLACK_S = 60
 _MERGE_TIMEOUT_S = 600
 
 
