@@ -1,0 +1,295 @@
+"""DirtyBitmap: which granules of a node were written since the bitmap was last cleared.
+
+    recording         the clients' writes set bits (invariant 4: before the write is forwarded)
+    disabled          they do not
+    frozen            a backup uses the bits: they stay as they are, and a *successor* records instead
+                      --> abdicate: the backup has them; the successor's bits are the bitmap's now
+                      --> reclaim:  the backup failed; both together are
+
+The object stays the same through all of it: whoever holds a bitmap need not look it up again.
+
+Offsets and lengths are bytes. The bits are in two planes, the bitmap's own and its successor's, that
+may be memory or a file (`Planes`).
+
+Source: QEMU's block/dirty-bitmap.c; the terms are the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from bitarray import bitarray
+from bitarray.util import zeros
+
+from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.extents import ContextExtent, Extent
+
+GRANULARITY_MIN = 512
+GRANULARITY_MAX = 1 << 31
+STATUS_GRANULES_MAX = 1 << 20
+"""As many granules are looked at for one answer of `status`; it says less than was asked if need be."""
+
+_DIRTY = 1
+
+
+def granules(size: int, granularity: int) -> int:
+    """How many bits a bitmap of a device of `size` bytes has."""
+    return -(-size // granularity)
+
+
+@dataclass(slots=True)
+class Planes:
+    """Where the bits of a bitmap are: its own and its successor's, one bit for each granule.
+
+    `spare` is the plane that is not in use. The two change places when the successor abdicates.
+    """
+
+    own: bitarray
+    spare: bitarray
+
+    @classmethod
+    def in_memory(cls, count: int) -> "Planes":
+        """Planes of `count` clear bits that end with the process."""
+        return cls(zeros(count), zeros(count))
+
+    def swap(self) -> None:
+        """Let the spare plane be the bitmap's own, and clear the other."""
+        self.own, self.spare = self.spare, self.own
+        self.spare.setall(0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedBits:
+    """A bitmap's own bits as they were: how `clear` and `merge` are undone."""
+
+    bits: bitarray = field(repr=False)
+    count: int
+
+
+class DirtyBitmap:
+    """One bitmap of a device of `size` bytes. Set once: `size`, `granularity` (a power of two), `name`.
+
+    Changing while running: `enabled`, `persistent`, `inconsistent` (why its bits are of no use, "" if
+    they are), `users` (who needs it to stay, in words; the bitmap is `busy` then).
+    """
+
+    __slots__ = (
+        "_count",
+        "_enabled",
+        "_has_successor",
+        "_planes",
+        "_recording",
+        "_shift",
+        "_successor_count",
+        "granularity",
+        "inconsistent",
+        "name",
+        "persistent",
+        "size",
+        "users",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        granularity: int,
+        *,
+        enabled: bool = True,
+        persistent: bool = False,
+        planes: Planes | None = None,
+    ) -> None:
+        assert GRANULARITY_MIN <= granularity <= GRANULARITY_MAX
+        assert granularity & (granularity - 1) == 0
+        self.name = name
+        self.size = size
+        self.granularity = granularity
+        self.persistent = persistent
+        self.inconsistent = ""
+        self.users: list[str] = []
+        self._shift = granularity.bit_length() - 1
+        self._planes = Planes.in_memory(granules(size, granularity)) if planes is None else planes
+        self._count = self._planes.own.count(1)
+        self._successor_count = 0
+        self._has_successor = False
+        self._enabled = enabled
+        self._recording: bitarray | None = None
+        """The plane in which writes set bits."""
+        self._choose_plane()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def enabled(self) -> bool:
+        """Whether clients' writes are recorded; in the successor while there is one."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._choose_plane()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether there is a successor."""
+        return self._has_successor
+
+    @property
+    def busy(self) -> bool:
+        """Whether it may not be changed, used by anything else, or removed."""
+        return self._has_successor or bool(self.users)
+
+    @property
+    def count(self) -> int:
+        """How many granules are dirty, those in the successor left out."""
+        return self._count
+
+    @property
+    def successor_count(self) -> int:
+        """How many granules were written since the successor was made."""
+        return self._successor_count
+
+    def mark(self, offset: int, length: int) -> None:
+        """A client is about to change this non-empty range: every granule that it touches is dirty."""
+        bits = self._recording
+        if bits is None:
+            return
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        if first == last:
+            if bits[first]:
+                return
+            bits[first] = 1
+            new = 1
+        else:
+            new = last + 1 - first - bits.count(1, first, last + 1)
+            bits[first : last + 1] = 1
+        if self._has_successor:
+            self._successor_count += new
+        else:
+            self._count += new
+
+    # Frozen for a backup.
+
+    def create_successor(self) -> None:
+        """Freeze the bits; writes are recorded in a successor until `abdicate` or `reclaim`."""
+        assert not self.busy
+        self._has_successor = True
+        self._choose_plane()
+
+    def abdicate(self) -> None:
+        """The frozen bits were dealt with: what the successor recorded takes their place."""
+        assert self._has_successor
+        self._planes.swap()
+        self._count = self._successor_count
+        self._end_successor()
+
+    def reclaim(self) -> None:
+        """The frozen bits are needed again: they and what the successor recorded are the bitmap's."""
+        assert self._has_successor
+        if self._successor_count:
+            self._planes.own |= self._planes.spare
+            self._planes.spare.setall(0)
+            self._count = self._planes.own.count(1)
+        self._end_successor()
+
+    def _end_successor(self) -> None:
+        self._successor_count = 0
+        self._has_successor = False
+        self._choose_plane()
+
+    def _choose_plane(self) -> None:
+        if not self._enabled:
+            self._recording = None
+        else:
+            self._recording = self._planes.spare if self._has_successor else self._planes.own
+
+    # Changes of the bitmap's own bits, by users.
+
+    def clear(self) -> SavedBits:
+        """Nothing is dirty; returns what was."""
+        saved = self.save()
+        self._planes.own.setall(0)
+        self._count = 0
+        return saved
+
+    def merge(self, sources: "Sequence[DirtyBitmap]") -> None:
+        """What is dirty in any of `sources`, bitmaps of the same size, is dirty here too."""
+        for source in sources:
+            assert source.size == self.size
+            if source.granularity == self.granularity:
+                self._planes.own |= source._planes.own
+            else:
+                for run in source.dirty_runs():
+                    self._set(run)
+        self._count = self._planes.own.count(1)
+
+    def merge_clusters(self, clusters: ClusterBitmap) -> None:
+        """What is set in `clusters`, of the same size, is dirty here too."""
+        area = Extent(0, self.size)
+        while area.length and (run := clusters.next_set(area)) is not None:
+            self._set(run)
+            area = Extent(run.end, self.size - run.end)
+        self._count = self._planes.own.count(1)
+
+    def save(self) -> SavedBits:
+        """The bits as they are, for `restore`."""
+        return SavedBits(self._planes.own.copy(), self._count)
+
+    def restore(self, saved: SavedBits) -> None:
+        """Undo what was done since `save`."""
+        self._planes.own[:] = saved.bits
+        self._count = saved.count
+
+    def _set(self, run: Extent) -> None:
+        self._planes.own[run.offset >> self._shift : ((run.end - 1) >> self._shift) + 1] = 1
+
+    # What others want to know.
+
+    def dirty_runs(self) -> Iterator[Extent]:
+        """Every run of dirty granules, in order; those in the successor are left out."""
+        bits, position = self._planes.own, 0
+        while (first := bits.find(1, position)) >= 0:
+            stop = bits.find(0, first)
+            position = len(bits) if stop < 0 else stop
+            start = first << self._shift
+            yield Extent(start, min(position << self._shift, self.size) - start)
+
+    def clusters(self, cluster_bytes: int) -> ClusterBitmap:
+        """The clusters in which something is dirty; those in the successor are left out."""
+        clusters = ClusterBitmap(self.size, cluster_bytes)
+        for run in self.dirty_runs():
+            clusters.set(run.aligned_out(cluster_bytes, self.size))
+        return clusters
+
+    def frozen_copy(self) -> "DirtyBitmap":
+        """A disabled bitmap with what is dirty now, the successor's included, that stays as it is."""
+        copy = DirtyBitmap(
+            self.name, self.size, self.granularity, enabled=False, planes=Planes(self._union(), bitarray())
+        )
+        copy.inconsistent = self.inconsistent
+        return copy
+
+    def status(self, offset: int, length: int) -> list[ContextExtent]:
+        """What is dirty (1) and clean (0) from `offset` on, the successor's included; see BLOCK_STATUS.
+
+        At most `length` bytes, the first extents that are known of them; neighbours differ.
+        """
+        first = offset >> self._shift
+        last = min(((offset + length - 1) >> self._shift) + 1, first + STATUS_GRANULES_MAX)
+        bits = self._planes.own[first:last]
+        if self._has_successor:
+            bits |= self._planes.spare[first:last]
+        extents: list[ContextExtent] = []
+        position, value = 0, bits[0]
+        while position < len(bits):
+            stop = bits.find(1 - value, position)
+            position = len(bits) if stop < 0 else stop
+            end = min((first + position) << self._shift, offset + length)
+            extents.append(ContextExtent(end - offset, _DIRTY * value))
+            length -= end - offset
+            offset, value = end, 1 - value
+        return extents
+
+    def _union(self) -> bitarray:
+        return self._planes.own | self._planes.spare if self._has_successor else self._planes.own.copy()

@@ -1,0 +1,122 @@
+"""Transactions: several changes of the graph at one instant, all of them or none.
+
+An `Action` is one step. All nodes that the steps name are drained together; at that instant each step
+is prepared in turn, so that a later one sees what an earlier one did; if one fails, those before it
+are undone, the last first, and nothing has changed. Only then are all committed, and the nodes go on.
+
+    ready (any time)  ->  drained: prepare, prepare, ...  ->  commit, commit, ...   ->  clean
+                                                    `----->  abort in reverse order ->  clean
+
+A single command is a transaction of one step.
+
+Follows QEMU's `transaction` command; the words are the same.
+"""
+
+from collections.abc import Sequence
+
+from nbdbackup.block.node import Node, drained
+from nbdbackup.errors import NbdBackupError
+from nbdbackup.monitor.context import Step
+
+
+class Action:
+    """One step. Subclasses override what they need; `prepare` is where the step is taken."""
+
+    async def ready(self) -> None:
+        """What takes time: open files, take memory, find the nodes. Clients go on meanwhile.
+
+        Raises:
+            NbdBackupError, OSError: the step cannot be taken; `clean` is called none the less.
+        """
+
+    def nodes(self) -> Sequence[Node]:
+        """The nodes that have to stand still; asked for after `ready`."""
+        return ()
+
+    def prepare(self) -> None:
+        """Take the step, so that `abort` can undo it. The nodes are drained: be quick.
+
+        Raises:
+            NbdBackupError, OSError: it cannot be taken; nothing has changed.
+        """
+
+    def commit(self) -> None:
+        """All steps were prepared: this one is final. The nodes are still drained. Must not fail."""
+
+    def abort(self) -> None:
+        """A later step failed: undo `prepare`. The nodes are still drained. Must not fail."""
+
+    async def clean(self) -> None:
+        """Give up what only the transaction needed; after everything else, once, in any case."""
+
+
+class Failing(Action):
+    """A step that cannot be taken."""
+
+    def __init__(self, error: NbdBackupError) -> None:
+        self._error = error
+
+    def prepare(self) -> None:
+        raise self._error
+
+
+class Transactions:
+    """Implements the monitor's `TransactionService`."""
+
+    async def run(self, steps: Sequence[Step], *, grouped: bool = False) -> None:
+        """Take all of `steps`, which are actions, or none."""
+        del grouped
+        actions = [step for step in steps if isinstance(step, Action)]
+        assert len(actions) == len(steps)
+        await run_transaction(actions)
+
+    def failing(self, error: NbdBackupError) -> Step:
+        """A step that fails with `error`."""
+        return Failing(error)
+
+
+async def run_transaction(actions: Sequence[Action]) -> None:
+    """Take all of `actions` at one instant, or none.
+
+    Raises:
+        NbdBackupError, OSError: the first step that failed, in their order; nothing has changed.
+    """
+    readied: list[Action] = []
+    try:
+        failure = await _ready(actions, readied)
+        able = readied if failure is None else readied[:-1]
+        async with drained(*dict.fromkeys(node for action in able for node in action.nodes())):
+            _take(able, failure)
+    finally:
+        for action in readied:
+            await action.clean()
+
+
+async def _ready(actions: Sequence[Action], readied: list[Action]) -> Exception | None:
+    """Make the actions ready as far as that goes; the failure of the last one in `readied`, if any.
+
+    It is not raised yet: an earlier step may fail in `prepare`, and it is that one the user hears of.
+    """
+    for action in actions:
+        readied.append(action)
+        try:
+            await action.ready()
+        except Exception as error:
+            return error
+    return None
+
+
+def _take(actions: Sequence[Action], failure: Exception | None) -> None:
+    prepared: list[Action] = []
+    try:
+        for action in actions:
+            action.prepare()
+            prepared.append(action)
+        if failure is not None:
+            raise failure
+    except BaseException:
+        for action in reversed(prepared):
+            action.abort()
+        raise
+    for action in prepared:
+        action.commit()
