@@ -8,6 +8,7 @@ from nbdbackup.nbd.agreement import ExportCatalog, ExportInfo, TlsMode
 from nbdbackup.nbd.constants import (
     BASE_ALLOCATION,
     OPTION_BUFFER_BYTES_MAX,
+    OPTION_BYTES_MAX,
     Option,
     OptionReply,
     TransmissionFlags,
@@ -148,8 +149,10 @@ def _run(tls: TlsMode, shutting_down: bool, parts: Sequence[bytes], cut: Cut) ->
 def _check_answers(stream: bytes, outcome: _Outcome) -> None:
     """What the client was sent is option replies, the answer to EXPORT_NAME perhaps behind them.
 
-    As long as nothing ended the negotiation, each whole option has exactly one final one.
+    As long as nothing ended the negotiation, each whole option has exactly one final one; and nothing
+    in the payload of an option that cannot fail otherwise ends it.
     """
+    assert outcome.end != "broken" or not _is_sound(stream), outcome.reason
     if outcome.end == "bytes before TLS":
         return
     answers = bytes(outcome.answers)
@@ -166,6 +169,17 @@ def _split(answers: bytes, tail: int) -> list[wire.OptionAnswer] | None:
         return wire.split_answers(answers[: len(answers) - tail])
     except (AssertionError, struct.error):
         return None
+
+
+def _is_sound(stream: bytes) -> bool:
+    """Whether a client that sends `stream` breaks no rule that it could be disconnected for."""
+    at = 4
+    while at + 16 <= len(stream):
+        magic, code, length = struct.unpack_from(">8sII", stream, at)
+        if magic != wire.OPTION_MAGIC or code == Option.EXPORT_NAME or length > OPTION_BYTES_MAX:
+            return False
+        at += 16 + length
+    return stream[:4] in (wire.client_flags(1), wire.client_flags(3))
 
 
 def _whole_options(stream: bytes) -> list[int]:
