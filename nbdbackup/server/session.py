@@ -93,6 +93,16 @@ class Session:
         self._patience: asyncio.TimerHandle | None = None
         self._is_patient = True
 
+    @property
+    def export_name(self) -> str:
+        """What it serves."""
+        return self._export.name
+
+    @property
+    def requests_in_flight(self) -> int:
+        """How many requests the device has not finished."""
+        return len(self._in_flight)
+
     async def run(self, leftover: bytes) -> None:
         """Serve; `leftover` was received behind the negotiation.
 

@@ -155,6 +155,19 @@ async def test_request_behind_one_that_used_the_budget_up_is_served_without_anot
         assert (await client.reply(2, 512)).error == 0
 
 
+async def test_request_behind_a_long_write_in_place_is_served_without_another_event() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as client:
+        server._budget.bytes_max = 2 * MIB
+        header = struct.Struct(">IHHQQI")
+        await client.send(header.pack(0x25609513, 0, WRITE, 1, 0, 4 * MIB) + b"z" * (4 * MIB - 1000))
+        await until(lambda: device.data[3 * MIB] == ord("z"))
+        # The write uses the budget up until it is finished, and nobody else is there to wake the session.
+        await client.send(b"z" * 1000 + header.pack(0x25609513, 0, READ, 2, 0, 512))
+        assert (await client.reply(1)).error == 0
+        assert (await client.reply(2, 512)).data(0, 512) == b"z" * 512
+
+
 async def test_payload_that_was_begun_counts_and_goes_on() -> None:
     device = MemoryDevice(4 * MIB)
     async with serving(table(device)) as server, connected(server) as client:
