@@ -37,6 +37,7 @@ from nbdbackup.block.nbd_tls import client_tls
 from nbdbackup.errors import DeviceError, NbdBackupError, NotFoundError, ProtocolError
 from nbdbackup.nbd.client import ClientNegotiation, RemoteExport
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, Errno, TransmissionFlags
+from nbdbackup.nbd.replies import shown_text
 from nbdbackup.nbd.reply_parser import Reply
 from nbdbackup.nbd.uri import NbdUri
 
@@ -428,7 +429,7 @@ def reason(reply: Reply) -> str:
         name = f"{Errno(reply.error).name}, {os.strerror(reply.error)}"
     except ValueError:
         name = f"error {reply.error}"
-    return f"{' '.join(reply.text.split())} ({name})" if reply.text else name
+    return f"{shown_text(reply.text)} ({name})" if reply.text else name
 
 
 def _load(connection: Connection) -> tuple[bool, int]:

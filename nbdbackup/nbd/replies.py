@@ -58,6 +58,12 @@ def display_text(text: str) -> str:
     return encoded[:STRING_BYTES_MAX].decode("utf-8", "ignore")
 
 
+def shown_text(text: str) -> str:
+    """A peer's words as a person may be shown them: one line, and nothing that a terminal obeys."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 # Encoders.
 
 

@@ -273,8 +273,10 @@ class Session:
     def _hold(self) -> None:
         """Tell the shared budget what is held now."""
         held = self._bytes_in_flight + self._replies.queued_bytes
-        if self._payload is not None:
-            held += self._payload.request.length
+        if self._payload is not None and self._payload.refusal is None:
+            held += (
+                self._payload.request.length
+            )  # what is thrown away is not kept, however long it says it is
         if held != self._bytes_held:
             self._bytes_held = held
             self._budget.hold(self, held)

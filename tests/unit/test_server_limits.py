@@ -180,6 +180,15 @@ async def test_payload_that_was_begun_counts_and_goes_on() -> None:
         server._budget.leave(hog)
 
 
+async def test_payload_that_is_thrown_away_takes_no_room_from_others() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as bad, connected(server) as client:
+        await bad.send(struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 5, 0, 0xFFFFFFFF) + bytes(100_000))
+        await until(lambda: any(session._payload is not None for session in server._sessions))
+        assert (await client.call(READ, 0, 2 * MIB)).error == 0
+        assert server._budget.used == 0
+
+
 async def test_stop_does_not_wait_for_ever_for_a_client_that_does_not_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
