@@ -132,7 +132,7 @@ async def _show_exports(options: InfoOptions) -> int:
         contexts = await list_contexts(options.image) if export.structured_replies else []
         found = [Described(options.image, export, export.description, contexts)]
     structured = all(described.export.structured_replies for described in found)
-    extended = all(described.export.extended_headers for described in found)
+    extended = bool(found) and all(described.export.extended_headers for described in found)
     if options.json:
         print_json(
             {
