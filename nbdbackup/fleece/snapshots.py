@@ -85,10 +85,11 @@ async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
     Invariant 3. Cannot fail half way: whatever can fail (scratch) was done for the plans.
     """
     async with drained(*(plan.node for plan in plans)):
-        return [_insert(plan) for plan in plans]
+        return [insert_snapshot(plan) for plan in plans]
 
 
-def _insert(plan: SnapshotPlan) -> Snapshot:
+def insert_snapshot(plan: SnapshotPlan) -> Snapshot:
+    """Take the snapshot of a node that is drained."""
     below: BlockDevice = plan.node.child
     block_copy = BlockCopy(below, plan.scratch, plan.scratch.cluster_bytes, target_zeroed=True)
     filter_ = CopyBeforeWrite(

@@ -68,6 +68,10 @@ class ErrorPolicies:
         return ErrorAction(policy.value)
 
 
+REPORT_ERRORS = ErrorPolicies()
+"""What holds when nobody chose anything else."""
+
+
 def retry_delay_s(failures: int) -> float:
     """How long to wait after so many failures in a row, one or more."""
     return min(RETRY_FIRST_S * 2.0 ** min(failures - 1, 16), RETRY_LAST_S)

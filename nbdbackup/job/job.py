@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from nbdbackup.errors import ConflictError, CopyError, Side, UsageError
-from nbdbackup.job.error_policy import ErrorAction, ErrorPolicies, IoStatus, retry_delay_s
+from nbdbackup.job.error_policy import REPORT_ERRORS, ErrorAction, ErrorPolicies, IoStatus, retry_delay_s
 from nbdbackup.job.events import Event, JobFigures, block_job_error, block_job_pending, job_status_change
 from nbdbackup.job.failures import describe, failure_in
 from nbdbackup.job.pace import Pace
@@ -56,7 +56,7 @@ class Job(ABC):
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
-        policies: ErrorPolicies | None = None,
+        policies: ErrorPolicies = REPORT_ERRORS,
         transaction: JobTransaction | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,7 +66,7 @@ class Job(ABC):
         self.device = device
         self.auto_finalize = auto_finalize
         self.auto_dismiss = auto_dismiss
-        self._policies = policies or ErrorPolicies()
+        self._policies = policies
         self._transaction = transaction or JobTransaction()
         self._transaction.add(self)
         # Changing while it runs.
