@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,10 @@ ServeFunction = Callable[..., Server]
 # An example that a busy machine slows down is no failure; pytest's own limit bounds the whole test.
 settings.register_profile("nbdbackup", deadline=None)
 settings.load_profile("nbdbackup")
+
+
+# A shell that starts this run in the background ignores SIGINT for it, and every program would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -54,13 +54,15 @@ def test_two_pulls_of_a_view_are_identical_while_a_client_writes(
     tmp_path: Path, serve: ServeFunction, size: int
 ) -> None:
     server = serve(disk=make_disk(tmp_path / "disk.img", size))
-    pulls = [tmp_path / "pull1.img", tmp_path / "pull2.img"]
+    hashes: list[str] = []
     with fio_writes(server, tmp_path, size):
         server.cli("snapshot", "create", "disk", "--name", "s1")
-        for pull in pulls:
+        for pull in (tmp_path / "pull1.img", tmp_path / "pull2.img"):
             run(require("qemu-img"), "convert", "-O", "raw", server.uri("disk@s1"), pull, timeout_s=LONG_S)
+            hashes.append(sha256(pull))
+            pull.unlink()
         server.cli("backup", "disk", str(tmp_path / "push.img"), timeout_s=LONG_S)
-    assert sha256(pulls[0]) == sha256(pulls[1])
+    assert hashes[0] == hashes[1]
     assert (tmp_path / "push.img").stat().st_size == size
     assert not (tmp_path / "push.img.partial").exists()
 
@@ -145,8 +147,7 @@ def test_pull_and_push_equal_the_disk_at_the_moment_of_the_point_in_time(
         job = ("--job-id", "push", "--no-wait", "-r", rate, "--scratch", where)
         server.cli("backup", "disk", str(push), *job)
         server.cli("snapshot", "create", "disk", "--name", "s")
-        run("cp", disk, tmp_path / "reference.img")
-        reference = sha256(tmp_path / "reference.img")
+        reference = sha256(disk)
         writer.go_on()
         writer.wait_for_batches(20)
         server.cli("job", "set-speed", "push", "0")
