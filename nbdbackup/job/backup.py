@@ -53,6 +53,8 @@ class BackupOptions:
     chunk_bytes_max: int = CHUNK_BYTES_MAX
     cluster_bytes: int = CLUSTER_BYTES_DEFAULT
     use_copy_range: bool = True
+    discard_source: bool = False
+    """Trim in the source, which must be nobody's data, what was copied."""
     policies: ErrorPolicies = REPORT_ERRORS
     on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
     cbw_timeout_s: float = 0
@@ -202,6 +204,11 @@ class BackupJob(Job):
         await self._copy.close()
         await self.target.close()
 
+    async def give_up(self) -> None:
+        """The job was made, and will not be started: remove what only a backup is good for."""
+        await self.target.discard()
+        await self.clean()
+
     async def _settle_bitmap_after_failure(self) -> None:
         if self._frozen is None:
             return
@@ -218,8 +225,8 @@ class BackupJob(Job):
         with self.worker():
             while (run := await self._next_step()) is not None:
                 await self._copy_step(run)
-                if self._snapshot is not None:
-                    await self._snapshot.access.trim(run.offset, run.length)
+                if self._snapshot is not None or self.options.discard_source:
+                    await self._copy.source.trim(run.offset, run.length)
 
     async def _sweep(self) -> None:
         everything = Extent(0, self._copy.size)

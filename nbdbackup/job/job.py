@@ -68,7 +68,6 @@ class Job(ABC):
         self.auto_dismiss = auto_dismiss
         self._policies = policies
         self._transaction = transaction or JobTransaction()
-        self._transaction.add(self)
         # Changing while it runs.
         self.status = JobStatus.UNDEFINED
         self.error: str | None = None
@@ -301,6 +300,7 @@ class Job(ABC):
         self._emit = emit
         self._spawn = spawn
         self._forget = forget
+        self._transaction.add(self)
         self._enter(JobStatus.CREATED)
 
     def discard(self) -> None:

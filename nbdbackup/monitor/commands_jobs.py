@@ -127,7 +127,7 @@ def _block_job_info(job: Job) -> dict[str, Json]:
         "busy": job.is_busy,
         "paused": job.is_paused,
         "speed": job.speed,
-        "io-status": "ok",
+        "io-status": job.io_status.value,
         "ready": False,
         "status": job.status.value,
         "auto-finalize": job.auto_finalize,

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nbdbackup.daemon.transaction import Transactions
+from nbdbackup.daemon.transaction import Action, Transactions
 from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import (
-    BackupRequest,
     ExportInfo,
     FileNode,
     NodeInfo,
@@ -23,6 +22,7 @@ from nbdbackup.monitor.context import (
     SnapshotOptions,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
+from nbdbackup.monitor.services_backup import BackupRequest
 from tests.support.jobs import WAIT_S_MAX, ScriptedJob
 
 CREATED = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
@@ -75,7 +75,13 @@ class FakeBackups:
     """How far a new job goes without being told."""
     steps_in_all: int = 1
 
+    def action(self, request: BackupRequest) -> "FakeBackupAction":
+        return FakeBackupAction(self, request)
+
     async def start(self, request: BackupRequest) -> str:
+        return self.begin(request)
+
+    def begin(self, request: BackupRequest) -> str:
         self.requests.append(request)
         if self.failure is not None:
             raise self.failure
@@ -91,6 +97,15 @@ class FakeBackups:
         job.step(self.steps_allowed)
         self.started.append(job)
         return job.id
+
+
+@dataclass(eq=False)
+class FakeBackupAction(Action):
+    backups: FakeBackups
+    request: BackupRequest
+
+    def prepare(self) -> None:
+        self.backups.begin(self.request)
 
 
 @dataclass
