@@ -17,7 +17,7 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
-from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.backups import Backups, FindBitmap
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.job.registry import JobRegistry
@@ -62,7 +62,9 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path) -> AsyncIterator[Daemon]:
+async def composed(
+    directory: Path, find_bitmap: FindBitmap = lambda node, name: None
+) -> AsyncIterator[Daemon]:
     """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does."""
     scratch = directory / "scratch"
     scratch.mkdir()
@@ -71,7 +73,7 @@ async def composed(directory: Path) -> AsyncIterator[Daemon]:
     snapshots = Snapshots(graph, Server(exports, []), scratch)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
-        backups = Backups(graph, jobs, scratch, RemoteOptions(), list)
+        backups = Backups(graph, jobs, scratch, RemoteOptions(), list, find_bitmap)
         try:
             yield Daemon(scratch, exports, graph, snapshots, backups, jobs)
         finally:
