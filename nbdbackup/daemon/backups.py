@@ -127,6 +127,8 @@ class BackupAction(Action):
         if isinstance(request.target, TargetNode):
             self._target_entry = self._in.graph.entry(request.target.node)
         self._sync = request.sync.checked()
+        if self._sync.mode is SyncMode.NONE and not _is_there_already(request.target):
+            raise UsageError("sync=none never completes a new file: name an existing target")
         place = self._scratch_place()
         options = None if self._target_entry is not None else self._options()
         if isinstance(request.target, TargetPath):
@@ -308,6 +310,10 @@ class BackupAction(Action):
         remote = isinstance(request.target, TargetPath) and is_remote(request.target.path)
         wanted = request.scratch == "auto" and remote and self._sync.mode is not SyncMode.NONE
         return self._in.scratch_directory if wanted else None
+
+
+def _is_there_already(target: TargetPath | TargetNode) -> bool:
+    return isinstance(target, TargetNode) or target.existing or is_remote(target.path)
 
 
 def _cluster_bytes(request: BackupRequest) -> int:

@@ -310,6 +310,10 @@ class Layered(FaultyDevice):
         self.held |= set(range(offset // CLUSTER, -(-(offset + len(data)) // CLUSTER)))
         await super().write(offset, data, fua)
 
+    def write_nowait(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
+        del offset, data
+        return False
+
 
 def layered_disk(held: set[int]) -> tuple[Disk, Layered]:
     disk = Disk()
@@ -344,6 +348,8 @@ async def test_top_saves_nothing_that_the_top_layer_does_not_hold(shape: str) ->
         job = await start_backup(registry, disk, target, shape, with_options(sync=SyncMode.TOP))
         await target.gate.wait_pending("write", CLUSTER)
         for number in (3, 6, LAST):
+            # As the server does it.
+            assert not disk.node.write_nowait(number * CLUSTER, b"new")
             writing = asyncio.ensure_future(disk.node.write(number * CLUSTER, b"new"))
             await settle()
             if number == 6 and shape == "direct":

@@ -158,11 +158,16 @@ async def test_what_fails_while_the_next_steps_are_planned_stops_all_workers(kin
     ends.before = ends.disk.content
     failing = ends.disk.faults if kind == "block_status" else ends.faults
     failing.inject(kind, errno.EIO)
+    gate = ends.disk.source if kind == "block_status" else ends.gate
+    gate.kinds.add(kind)
     async with job_registry() as (registry, log):
         both = ErrorPolicies(OnError.STOP, OnError.STOP)
         job = await start_backup(
             registry, ends.disk, ends.target, "direct", with_options(workers=3, policies=both)
         )
+        await gate.wait_pending(kind)
+        await settle()
+        gate.open_gate()
         await log.wait_status(job, JobStatus.PAUSED)
         ends.mend()
         job.resume()
