@@ -201,12 +201,12 @@ class BackupAction(Action):
             name = request.target.node if isinstance(request.target, TargetNode) else request.target.path
             raise UsageError(f"Compression is not supported for this drive {name}")
         self._check_unused(entry)
+        self._check_perf()
+        if entry is not None and entry.node.size != self._node.size:
+            raise UsageError("Source and target image have different sizes")
         self._options()
-        if entry is not None:
-            if entry.node.size != self._node.size:
-                raise UsageError("Source and target image have different sizes")
-            if entry.node.read_only:
-                raise ConflictError("Could not create node: Block node is read-only")
+        if entry is not None and entry.node.read_only:
+            raise ConflictError("Could not create node: Block node is read-only")
         self._check_filter_name()
         return bitmap
 
@@ -246,7 +246,7 @@ class BackupAction(Action):
         except ConflictError as error:
             raise ConflictError(f"Could not create node: {error}") from None
 
-    def _options(self) -> BackupOptions:
+    def _check_perf(self) -> None:
         request = self._request
         if request.discard_source and not isinstance(self._node.root, SnapshotAccess):
             raise UsageError(
@@ -256,6 +256,15 @@ class BackupAction(Action):
             raise UsageError(f"max-workers must be between 1 and {WORKERS_ASKED_MAX}")
         if request.chunk_bytes_max < 0:
             raise UsageError("max-chunk must be zero (which means no limit) or positive")
+        smallest = request.cluster_bytes_min
+        if smallest < 0 or smallest & (smallest - 1):
+            raise UsageError("min-cluster-size needs to be a power of 2")
+        if smallest > CLUSTER_BYTES_MAX:
+            raise UsageError(f"min-cluster-size must not be more than {CLUSTER_BYTES_MAX}")
+
+    def _options(self) -> BackupOptions:
+        request = self._request
+        self._check_perf()
         return BackupOptions(
             sync=self._sync.mode,
             speed=request.speed,
@@ -318,12 +327,7 @@ def _is_there_already(target: TargetPath | TargetNode) -> bool:
 
 def _cluster_bytes(request: BackupRequest) -> int:
     """The unit of copying."""
-    smallest = request.cluster_bytes_min
-    if smallest < 0 or smallest & (smallest - 1):
-        raise UsageError("min-cluster-size needs to be a power of 2")
-    if smallest > CLUSTER_BYTES_MAX:
-        raise UsageError(f"min-cluster-size must not be more than {CLUSTER_BYTES_MAX}")
-    cluster_bytes = max(CLUSTER_BYTES_DEFAULT, smallest)
+    cluster_bytes = max(CLUSTER_BYTES_DEFAULT, request.cluster_bytes_min)
     if 0 < request.chunk_bytes_max < cluster_bytes:
         raise UsageError(
             f"Required max-chunk ({request.chunk_bytes_max}) is less than "

@@ -349,7 +349,6 @@ class BackupJob(Job):
         async with drained(self.node):
             if self._filter is None or self.is_failing:
                 raise ConflictError(f"Job '{self.id}' is coming to its end: there is no checkpoint to be had")
-            await self._filter.wait_copies_ended()
             await self.wait_overlapping_cow(Extent(0, self._copy.size))
             self._copy.want_again()
             self.progress_set_total(self.current_progress + self._copy.size)

@@ -474,6 +474,7 @@ async def test_a_held_range_is_neither_copied_nor_written_until_it_is_let_go() -
             ]
             await settle()
             assert [write.done() for write in writes] == [False, False, True]
+            assert not disk.node.write_nowait(4 * CLUSTER, b"newest")
             target.assert_holds({4, 5}, Disk().content)
         await asyncio.wait_for(asyncio.gather(*writes), 10)
         target.assert_holds({3, 4, 5}, Disk().content)
