@@ -81,7 +81,6 @@ class Session:
         self._bytes_in_flight = 0
         self._bytes_held = 0
         self._lacks_room = False
-        self.last_progress = self._loop.time()
         self._no_more_requests = False
         self._was_told_goodbye = False
         self._stream_ended = False
@@ -92,6 +91,21 @@ class Session:
         self._turn_scheduled = False
         self._patience: asyncio.TimerHandle | None = None
         self._is_patient = True
+
+    @property
+    def export_name(self) -> str:
+        """What it serves."""
+        return self._export.name
+
+    @property
+    def moved_bytes(self) -> int:
+        """How many bytes it has received and sent."""
+        return self._received.received_bytes + self._replies.sent_bytes
+
+    @property
+    def requests_in_flight(self) -> int:
+        """How many requests the device has not finished."""
+        return len(self._in_flight)
 
     async def run(self, leftover: bytes) -> None:
         """Serve; `leftover` was received behind the negotiation.
@@ -160,7 +174,6 @@ class Session:
             self._turn()
 
     def _on_writable(self) -> None:
-        self.last_progress = self._loop.time()
         self._turn()
 
     def _receive(self) -> bool:
@@ -173,7 +186,6 @@ class Session:
         except OSError as error:
             self._end(error)
             return False
-        self.last_progress = self._loop.time()
         return True
 
     def _schedule_turn(self) -> None:
@@ -263,8 +275,10 @@ class Session:
     def _hold(self) -> None:
         """Tell the shared budget what is held now."""
         held = self._bytes_in_flight + self._replies.queued_bytes
-        if self._payload is not None:
-            held += self._payload.request.length
+        if self._payload is not None and self._payload.refusal is None:
+            held += (
+                self._payload.request.length
+            )  # what is thrown away is not kept, however long it says it is
         if held != self._bytes_held:
             self._bytes_held = held
             self._budget.hold(self, held)

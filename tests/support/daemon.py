@@ -63,9 +63,11 @@ class Daemon:
 
 @asynccontextmanager
 async def composed(
-    directory: Path, find_bitmap: FindBitmap = lambda node, name: None
+    directory: Path,
+    remote: RemoteOptions | None = None,
+    find_bitmap: FindBitmap = lambda node, name: None,
 ) -> AsyncIterator[Daemon]:
-    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does."""
+    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does. `remote`: of its targets."""
     scratch = directory / "scratch"
     scratch.mkdir()
     exports = ExportTable()
@@ -73,7 +75,7 @@ async def composed(
     snapshots = Snapshots(graph, Server(exports, []), scratch)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
-        backups = Backups(graph, jobs, scratch, RemoteOptions(), list, find_bitmap)
+        backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list, find_bitmap)
         try:
             yield Daemon(scratch, exports, graph, snapshots, backups, jobs)
         finally:

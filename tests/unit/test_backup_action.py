@@ -85,7 +85,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     def find_bitmap(node: Node, name: str) -> DirtyBitmap | None:
         return bitmaps.get((node.name, name))
 
-    async with composed(tmp_path, find_bitmap) as daemon:
+    async with composed(tmp_path, find_bitmap=find_bitmap) as daemon:
         yield Bench(daemon, bitmaps)
 
 

@@ -44,7 +44,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 class FakeHolder:
     def __init__(self) -> None:
-        self.last_progress = asyncio.get_running_loop().time()
+        self.moved_bytes = 0
         self.woken = 0
         self.reason = ""
 
@@ -80,10 +80,26 @@ async def test_budget_ends_who_stands_still_while_others_wait(monkeypatch: pytes
     budget.hold(stalled, FREE_BYTES + 1)
     budget.wait(waiting)
     await until(lambda: bool(stalled.reason))
-    assert "stood still" in stalled.reason
+    assert "moved 0 in" in stalled.reason
     assert not small.reason
     assert not waiting.reason
     for holder in (stalled, small, waiting):
+        budget.leave(holder)
+
+
+async def test_budget_ends_who_moves_a_byte_now_and_then_but_not_who_moves_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget_module, "STALL_S", 0.05)
+    budget = SharedBudget(FREE_BYTES)
+    dripping, slow, waiting = FakeHolder(), FakeHolder(), FakeHolder()
+    budget.hold(dripping, 16 * FREE_BYTES)
+    budget.hold(slow, 16 * FREE_BYTES)
+    budget.wait(waiting)
+    dripping.moved_bytes, slow.moved_bytes = FREE_BYTES - 1, FREE_BYTES
+    await until(lambda: bool(dripping.reason))
+    assert not slow.reason
+    for holder in (dripping, slow, waiting):
         budget.leave(holder)
 
 
@@ -155,6 +171,19 @@ async def test_request_behind_one_that_used_the_budget_up_is_served_without_anot
         assert (await client.reply(2, 512)).error == 0
 
 
+async def test_request_behind_a_long_write_in_place_is_served_without_another_event() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as client:
+        server._budget.bytes_max = 2 * MIB
+        header = struct.Struct(">IHHQQI")
+        await client.send(header.pack(0x25609513, 0, WRITE, 1, 0, 4 * MIB) + b"z" * (4 * MIB - 1000))
+        await until(lambda: device.data[3 * MIB] == ord("z"))
+        # The write uses the budget up until it is finished, and nobody else is there to wake the session.
+        await client.send(b"z" * 1000 + header.pack(0x25609513, 0, READ, 2, 0, 512))
+        assert (await client.reply(1)).error == 0
+        assert (await client.reply(2, 512)).data(0, 512) == b"z" * 512
+
+
 async def test_payload_that_was_begun_counts_and_goes_on() -> None:
     device = MemoryDevice(4 * MIB)
     async with serving(table(device)) as server, connected(server) as client:
@@ -165,6 +194,15 @@ async def test_payload_that_was_begun_counts_and_goes_on() -> None:
         await client.send(b"y" * (4 * MIB - 1000))
         assert (await client.reply(5)).error == 0
         server._budget.leave(hog)
+
+
+async def test_payload_that_is_thrown_away_takes_no_room_from_others() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as bad, connected(server) as client:
+        await bad.send(struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 5, 0, 0xFFFFFFFF) + bytes(100_000))
+        await until(lambda: any(session._payload is not None for session in server._sessions))
+        assert (await client.call(READ, 0, 2 * MIB)).error == 0
+        assert server._budget.used == 0
 
 
 async def test_stop_does_not_wait_for_ever_for_a_client_that_does_not_read(
