@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.block.open import is_remote
@@ -22,7 +23,13 @@ from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, Usage
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import Scratch, open_scratch
 from nbdbackup.fleece.snapshot_access import SnapshotAccess
-from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, insert_snapshot
+from nbdbackup.fleece.snapshots import (
+    INLINE_CLUSTERS_MAX,
+    Snapshot,
+    SnapshotPlan,
+    make_snapshot,
+    make_snapshot_now,
+)
 from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
@@ -141,7 +148,9 @@ class BackupAction(Action):
             )
         # What is wrong now an earlier step may have mended when it is this one's turn: `prepare` looks again.
         with suppress(NbdBackupError):
-            self._make_job()
+            await self._make_job()
+        if self._job is not None and self._scratch is not None:
+            self._snapshot = await make_snapshot(self._plan(self._scratch))
 
     def nodes(self) -> Sequence[Node]:
         return (self._node,)
@@ -149,22 +158,19 @@ class BackupAction(Action):
     def prepare(self) -> None:
         bitmap = self._check()
         if self._job is None:
-            self._make_job()
+            self._job = self._new_job(*self._claim())
+        if self._snapshot is None and self._scratch is not None:
+            self._snapshot = make_snapshot_now(self._plan(self._scratch))
         self._in.jobs.add(self.job)
         # Nothing fails from here on.
         frozen = None
         if bitmap is not None:
             assert self._sync.bitmap_mode is not None
             frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode)
-        if self._scratch is None:
+        if self._snapshot is None:
             self.job.hold_direct(frozen)
         else:
-            options = self.job.options
-            self._snapshot = insert_snapshot(
-                SnapshotPlan(
-                    self._node, self.job.id, self._scratch, options.on_cbw_error, options.cbw_timeout_s
-                )
-            )
+            self._snapshot.insert()
             self.job.hold_fleecing(self._snapshot, frozen)
 
     def commit(self) -> None:
@@ -174,13 +180,15 @@ class BackupAction(Action):
 
     def abort(self) -> None:
         self.job.let_go()
+        if self._snapshot is not None:
+            self._snapshot.take_out()
         self._in.jobs.discard(self.job)
 
     async def clean(self) -> None:
         if self._is_committed:
             return
         if self._snapshot is not None:
-            await self._snapshot.drop()
+            await self._snapshot.close()
         elif self._scratch is not None:
             await self._scratch.close()
         if self._job is not None:
@@ -281,15 +289,33 @@ class BackupAction(Action):
 
     # What takes time.
 
-    def _make_job(self) -> None:
+    async def _make_job(self) -> None:
         self._check()
+        job_id, target = self._claim()
+        if self._node.size // _cluster_bytes(self._request) <= INLINE_CLUSTERS_MAX:
+            self._job = self._new_job(job_id, target)
+            return
+        executor = IoExecutor("maps", threads_max=1)
+        try:
+            self._job = await executor.run(self._new_job, job_id, target)
+        finally:
+            executor.shutdown()
+
+    def _claim(self) -> tuple[str, Target]:
+        """A job's id, and the target, which nobody else may use from now on; `_check` found nothing wrong."""
         job_id = self._in.jobs.new_id(self._request.job_id)
-        target = self._target
-        if target is None:
+        if self._target is None:
             assert self._target_entry is not None
-            target = ExistingTarget(self._target_entry.node, users=self._target_entry.users)
-            self._target = target
-        self._job = BackupJob(job_id, self._node, target, self._options(), transaction=self._together)
+            self._target = ExistingTarget(self._target_entry.node, users=self._target_entry.users)
+        return job_id, self._target
+
+    def _new_job(self, job_id: str, target: Target) -> BackupJob:
+        """The job, with its maps: on a disk of many TiB these take time."""
+        return BackupJob(job_id, self._node, target, self._options(), transaction=self._together)
+
+    def _plan(self, scratch: Scratch) -> SnapshotPlan:
+        options = self.job.options
+        return SnapshotPlan(self._node, self.job.id, scratch, options.on_cbw_error, options.cbw_timeout_s)
 
     async def _open_target(self, target: TargetPath) -> Target:
         node = self._node

@@ -148,7 +148,7 @@ class BackupJob(Job):
     def let_go(self) -> None:
         """Undo `hold_direct` or `hold_fleecing` before the job is started, while the node is still drained.
 
-        The snapshot is left to be dropped by who took it.
+        The snapshot is left to who took it.
         """
         if self._filter is not None:
             self.node.remove(self._filter)

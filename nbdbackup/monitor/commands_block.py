@@ -8,6 +8,7 @@ import msgspec
 from nbdbackup.errors import UsageError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
+from nbdbackup.monitor.commands_bitmaps import bitmap_info
 from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode, Services
 from nbdbackup.monitor.schema import Arguments, NoArguments
 
@@ -61,6 +62,9 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
     if node.allocated is not None:
         image["actual-size"] = node.allocated
     throttle = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    bitmaps: dict[str, Json] = {}
+    if node.bitmaps:
+        bitmaps["dirty-bitmaps"] = [bitmap_info(info) for info in node.bitmaps]
     return {
         "node-name": node.name,
         "drv": node.driver,
@@ -73,6 +77,7 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
         "write_threshold": 0,
         "cache": {"writeback": True, "direct": False, "no-flush": False},
         **throttle,
+        **bitmaps,
     }
 
 

@@ -22,7 +22,9 @@ from nbdbackup.errors import ConflictError, UsageError
 from nbdbackup.job.events import Event, Json
 from nbdbackup.monitor import (
     commands_backup,
+    commands_bitmaps,
     commands_block,
+    commands_checkpoints,
     commands_core,
     commands_jobs,
     commands_snapshots,
@@ -39,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 COMMAND_MODULES = (
     commands_backup,
+    commands_bitmaps,
     commands_block,
+    commands_checkpoints,
     commands_core,
     commands_jobs,
     commands_snapshots,

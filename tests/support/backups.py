@@ -14,7 +14,7 @@ import pytest
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.node import drained
-from nbdbackup.fleece.snapshots import insert_snapshot
+from nbdbackup.fleece.snapshots import make_snapshot_now
 from nbdbackup.job.backup import BackupJob, BackupOptions
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.sync import BitmapSyncMode, FrozenBitmap
@@ -70,7 +70,9 @@ async def start_backup(
             job.hold_direct(frozen)
         else:
             plan, _ = disk.plan("b1")
-            job.hold_fleecing(insert_snapshot(plan), frozen)
+            snapshot = make_snapshot_now(plan)
+            snapshot.insert()
+            job.hold_fleecing(snapshot, frozen)
     registry.start(job)
     return job
 

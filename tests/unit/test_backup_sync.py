@@ -278,7 +278,7 @@ def test_a_bitmap_in_use_or_inconsistent_is_refused() -> None:
     sync = Sync(SyncMode.INCREMENTAL, "b0").checked()
     bitmap = DirtyBitmap("b0", SIZE, 512)
     bitmap.inconsistent = "the server was killed"
-    with pytest.raises(ConflictError, match="'b0' is inconsistent and cannot be used: the server was killed"):
+    with pytest.raises(ConflictError, match="'b0' is inconsistent and cannot be used"):
         sync.check_bitmap(bitmap)
     bitmap.create_successor()
     with pytest.raises(ConflictError, match="'b0' is currently in use by another operation and cannot be"):

@@ -6,8 +6,9 @@ import pytest
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
-from nbdbackup.monitor.context import FileNode, RawNode, SnapshotOptions
+from nbdbackup.monitor.context import FileNode, RawNode
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from tests.support.monitor import bench
 
 SNAPSHOT = {
@@ -22,6 +23,7 @@ SNAPSHOT = {
     "scratch-max": None,
     "state": "ok",
     "cause": None,
+    "bitmap": None,
 }
 
 
