@@ -21,7 +21,7 @@ from enum import Enum
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
-from nbdbackup.bitmap.node_bitmaps import check_usable
+from nbdbackup.bitmap.node_bitmaps import check_no_checkpoint, check_usable
 from nbdbackup.errors import UsageError
 
 
@@ -84,6 +84,8 @@ class Sync:
         if self.bitmap_mode is None:
             raise UsageError("Bitmap sync mode must be given when providing a bitmap")
         check_usable(bitmap)
+        if self.bitmap_mode is not BitmapSyncMode.NEVER:
+            check_no_checkpoint(bitmap)
         if self.mode is SyncMode.NONE:
             raise UsageError("sync mode 'none' does not produce meaningful bitmap outputs")
         if not self.mode.copies_dirty and self.bitmap_mode is BitmapSyncMode.NEVER:

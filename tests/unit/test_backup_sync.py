@@ -285,6 +285,14 @@ def test_a_bitmap_in_use_or_inconsistent_is_refused() -> None:
         sync.check_bitmap(bitmap)
 
 
+def test_the_bitmap_of_a_checkpoint_is_only_read() -> None:
+    bitmap = DirtyBitmap("c1", SIZE, 512)
+    bitmap.checkpoint = True
+    with pytest.raises(ConflictError, match="'c1' belongs to the checkpoint of that name"):
+        Sync(SyncMode.INCREMENTAL, "c1").checked().check_bitmap(bitmap)
+    Sync(SyncMode.BITMAP, "c1", BitmapSyncMode.NEVER).checked().check_bitmap(bitmap)
+
+
 # top.
 
 
