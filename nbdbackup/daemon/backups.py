@@ -4,6 +4,7 @@ What is refused, and in which order, is QEMU's: the nodes, the bitmap, both ends
 ends in use, x-perf, sizes, what a filter or a target must be, and the job's id and speed at last.
 """
 
+import asyncio
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.bitmap.dirty import DirtyBitmap, WantedClusters
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
@@ -115,6 +116,7 @@ class BackupAction(Action):
         self._target: Target | None = None
         self._scratch: Scratch | None = None
         self._snapshot: Snapshot | None = None
+        self._wanted: WantedClusters | None = None
         self._job: BackupJob | None = None
         self._is_committed = False
         self._together: JobTransaction | None = None
@@ -151,6 +153,17 @@ class BackupAction(Action):
             await self._make_job()
         if self._job is not None and self._scratch is not None:
             self._snapshot = await make_snapshot(self._plan(self._scratch))
+        if self._job is not None and self._sync.mode.copies_dirty:
+            await self._look_at_bitmap(self._job)
+
+    async def _look_at_bitmap(self, job: BackupJob) -> None:
+        """Find out what is to be copied; what clients change from now on is added at the instant."""
+        bitmap = self._bitmap()
+        assert bitmap is not None
+        self._wanted = WantedClusters(bitmap, job.options.cluster_bytes)
+        for _ in self._wanted.pieces():
+            await asyncio.sleep(0)
+        job.expect(self._wanted.clusters, self._snapshot)
 
     def nodes(self) -> Sequence[Node]:
         return (self._node,)
@@ -163,15 +176,17 @@ class BackupAction(Action):
             self._snapshot = make_snapshot_now(self._plan(self._scratch))
         self._in.jobs.add(self.job)
         # Nothing fails from here on.
+        expected = self._wanted is not None and self._wanted.bitmap is bitmap
+        unexpected = self._wanted.changes() if self._wanted is not None and expected else None
         frozen = None
         if bitmap is not None:
             assert self._sync.bitmap_mode is not None
             frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode)
         if self._snapshot is None:
-            self.job.hold_direct(frozen)
+            self.job.hold_direct(frozen, unexpected)
         else:
             self._snapshot.insert()
-            self.job.hold_fleecing(self._snapshot, frozen)
+            self.job.hold_fleecing(self._snapshot, frozen, unexpected)
 
     def commit(self) -> None:
         self._is_committed = True
@@ -185,6 +200,8 @@ class BackupAction(Action):
         self._in.jobs.discard(self.job)
 
     async def clean(self) -> None:
+        if self._wanted is not None:
+            self._wanted.end()
         if self._is_committed:
             return
         if self._snapshot is not None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackup.bitmap import dirty
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
-from nbdbackup.daemon.transaction import Transactions
+from nbdbackup.daemon.transaction import Action, Transactions
 from nbdbackup.errors import ConflictError, NbdBackupError
 from nbdbackup.job.job import CANCELLED_TEXT
 from nbdbackup.job.sync import BitmapSyncMode, Sync, SyncMode
@@ -223,6 +224,48 @@ async def test_a_fleecing_incremental_saves_only_what_it_will_copy(bench: Bench,
     assert copied[CLUSTER : 2 * CLUSTER] == before[CLUSTER : 2 * CLUSTER]
     assert copied[3 * CLUSTER :] == before[3 * CLUSTER :]
     assert copied[:CLUSTER] == bytes(CLUSTER)
+
+
+class Slow(Action):
+    """A step that takes its time to get ready."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def ready(self) -> None:
+        self.reached.set()
+        await self.go_on.wait()
+
+
+@pytest.mark.parametrize("scratch", ["none", "directory"])
+@pytest.mark.parametrize("change", ["written", "cleared", "much written"])
+async def test_what_becomes_dirty_before_the_instant_is_copied_too(
+    bench: Bench, tmp_path: Path, change: str, scratch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change == "much written":
+        monkeypatch.setattr(dirty, "FREEZE_CHANGES_MAX", 1)
+    new = TargetPath(str(tmp_path / "new.img"))
+    place = str(bench.daemon.scratch) if scratch == "directory" else scratch
+    step, slow = bench.daemon.backups.action(replace(to_node("a"), target=new, scratch=place)), Slow()
+    running = asyncio.ensure_future(bench.transactions.run([step, slow]))
+    await asyncio.wait_for(slow.reached.wait(), 10)
+    bitmap = bench.bitmaps["a", "b0"]
+    if change == "cleared":
+        bitmap.clear()
+    bitmap.mark(0, 1)
+    bitmap.mark(2 * CLUSTER, 1)
+    slow.go_on.set()
+    await asyncio.wait_for(running, 10)
+    assert await bench.end("ja") is None
+    copied, content = (tmp_path / "new.img").read_bytes(), bytes(bench.sources["a"].data)
+    if change == "cleared":
+        content = b"".join(
+            content[number * CLUSTER : (number + 1) * CLUSTER] if number in (0, 2) else bytes(CLUSTER)
+            for number in range(4)
+        )[:SIZE]
+    assert copied == content
+    assert bench.dirty("a") == []
+    assert not bitmap._freezes
 
 
 async def test_sync_none_has_no_use_for_scratch(bench: Bench) -> None:
