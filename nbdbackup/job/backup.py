@@ -326,6 +326,9 @@ class BackupJob(Job):
         if not is_wanted:
             self._copy.skip(known)
             return known
+        if known.length <= self._copy.chunk_bytes_max:
+            # One read tells whether it is zero, and asking takes as long.
+            return known
         return await self._copy_known_zeroes(known)
 
     async def _copy_known_zeroes(self, area: Extent) -> Extent:
