@@ -32,6 +32,14 @@ class ClusterBitmap:
         """How many clusters are set."""
         return self._count
 
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes of the device lie in set clusters."""
+        total = self._count * self.cluster_bytes
+        if self._count and self._bits[(self.size - 1) // self.cluster_bytes]:
+            total -= -self.size % self.cluster_bytes
+        return total
+
     def set(self, area: Extent) -> None:
         """Set every cluster of `area`."""
         first, last = self._aligned(area)

@@ -38,6 +38,9 @@ FREEZE_CHANGES_MAX = 1 << 14
 """Changes noted while a bitmap is being frozen; after more than these it is copied again, at the instant."""
 
 _PAGE_GRANULES = mmap.PAGESIZE * 8
+WANTED_RUNS = 256
+"""As many runs are looked at at once when clusters are made of a bitmap."""
+
 _DIRTY = 1
 
 
@@ -133,7 +136,7 @@ class DirtyBitmap:
         self._enabled = enabled
         self._recording: bitarray | None = None
         """The plane in which writes set bits."""
-        self._freezes: list[Freeze] = []
+        self._freezes: list[Freeze | WantedClusters] = []
         self._choose_plane()
 
     def __str__(self) -> str:
@@ -417,3 +420,47 @@ class Freeze:
                 page = found // _PAGE_GRANULES * _PAGE_GRANULES
                 position = min(page + _PAGE_GRANULES, stop)
                 self._bits[page:position] |= plane[page:position]
+
+
+class WantedClusters:
+    """What `DirtyBitmap.clusters` tells, for a moment to come: most of the work is done before the instant.
+
+    Used as `Freeze` is. `clusters` is complete after `pieces`, but for `changes`.
+    """
+
+    def __init__(self, bitmap: DirtyBitmap, cluster_bytes: int) -> None:
+        self.bitmap = bitmap
+        self.clusters = ClusterBitmap(bitmap.size, cluster_bytes)
+        self.is_stale = True
+        """Whether `clusters` has to be made again: it was not made, or bits were changed by users."""
+        self._noted: list[tuple[int, int]] = []
+
+    def note(self, first: int, stop: int) -> None:
+        """The granules from `first` to before `stop` were marked."""
+        if len(self._noted) < FREEZE_CHANGES_MAX:
+            self._noted.append((first, stop))
+        else:
+            self.is_stale = True
+
+    def pieces(self) -> Iterator[None]:
+        """Set the bits of `clusters`, with a rest after each piece."""
+        self.is_stale = False
+        self.bitmap._freezes.append(self)
+        size, cluster_bytes = self.bitmap.size, self.clusters.cluster_bytes
+        for number, run in enumerate(self.bitmap.dirty_runs()):
+            self.clusters.set(run.aligned_out(cluster_bytes, size))
+            if number % WANTED_RUNS == WANTED_RUNS - 1:
+                yield
+
+    def changes(self) -> list[Extent] | None:
+        """At the instant: the clusters to be added to `clusters`; None if it has to be made again."""
+        if self.is_stale:
+            return None
+        granularity, size = self.bitmap.granularity, self.bitmap.size
+        noted = (Extent(first * granularity, (stop - first) * granularity) for first, stop in self._noted)
+        return [extent.aligned_out(self.clusters.cluster_bytes, size) for extent in noted]
+
+    def end(self) -> None:
+        """Stop taking notes; it may have happened already."""
+        if self in self.bitmap._freezes:
+            self.bitmap._freezes.remove(self)

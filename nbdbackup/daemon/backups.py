@@ -4,6 +4,7 @@ What is refused, and in which order, is QEMU's: the nodes, the bitmap, both ends
 ends in use, x-perf, sizes, what a filter or a target must be, and the job's id and speed at last.
 """
 
+import asyncio
 import logging
 import os
 import re
@@ -12,7 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.bitmap.dirty import DirtyBitmap, WantedClusters
+from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.block.open import is_remote
@@ -22,7 +24,13 @@ from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, Usage
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import Scratch, open_scratch
 from nbdbackup.fleece.snapshot_access import SnapshotAccess
-from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, make_snapshot
+from nbdbackup.fleece.snapshots import (
+    INLINE_CLUSTERS_MAX,
+    Snapshot,
+    SnapshotPlan,
+    make_snapshot,
+    make_snapshot_now,
+)
 from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
@@ -40,6 +48,9 @@ NODE_NAME_CHARACTERS_MAX = 31
 
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 
+FindBitmap = Callable[[Node, str], DirtyBitmap | None]
+"""The bitmap of a node by its name, or None."""
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -50,6 +61,7 @@ class Surroundings:
     scratch_directory: Path
     remote: RemoteOptions
     own_uris: Callable[[], Sequence[str]]
+    find_bitmap: FindBitmap
 
 
 class Backups:
@@ -62,9 +74,10 @@ class Backups:
         scratch_directory: Path,
         remote: RemoteOptions,
         own_uris: Callable[[], Sequence[str]],
+        find_bitmap: FindBitmap = lambda node, name: None,
     ) -> None:
         """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on."""
-        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris)
+        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris, find_bitmap)
 
     def action(self, request: BackupRequest) -> "BackupAction":
         """The step of a transaction that starts the backup."""
@@ -103,6 +116,7 @@ class BackupAction(Action):
         self._target: Target | None = None
         self._scratch: Scratch | None = None
         self._snapshot: Snapshot | None = None
+        self._wanted: WantedClusters | None = None
         self._job: BackupJob | None = None
         self._is_committed = False
         self._together: JobTransaction | None = None
@@ -136,9 +150,20 @@ class BackupAction(Action):
             )
         # What is wrong now an earlier step may have mended when it is this one's turn: `prepare` looks again.
         with suppress(NbdBackupError):
-            self._make_job()
-        if self._scratch is not None:
-            self._snapshot = await self._make_snapshot(self._scratch)
+            await self._make_job()
+        if self._job is not None and self._scratch is not None:
+            self._snapshot = await make_snapshot(self._plan(self._scratch))
+        if self._job is not None and self._sync.mode.copies_dirty:
+            await self._look_at_bitmap(self._job)
+
+    async def _look_at_bitmap(self, job: BackupJob) -> None:
+        """Find out what is to be copied; what clients change from now on is added at the instant."""
+        bitmap = self._bitmap()
+        assert bitmap is not None
+        self._wanted = WantedClusters(bitmap, job.options.cluster_bytes)
+        for _ in self._wanted.pieces():
+            await asyncio.sleep(0)
+        job.expect(self._wanted.clusters, self._snapshot)
 
     def nodes(self) -> Sequence[Node]:
         return (self._node,)
@@ -146,18 +171,22 @@ class BackupAction(Action):
     def prepare(self) -> None:
         bitmap = self._check()
         if self._job is None:
-            self._make_job()
+            self._job = self._new_job(*self._claim())
+        if self._snapshot is None and self._scratch is not None:
+            self._snapshot = make_snapshot_now(self._plan(self._scratch))
         self._in.jobs.add(self.job)
         # Nothing fails from here on.
+        expected = self._wanted is not None and self._wanted.bitmap is bitmap
+        unexpected = self._wanted.changes() if self._wanted is not None and expected else None
         frozen = None
         if bitmap is not None:
             assert self._sync.bitmap_mode is not None
             frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode)
         if self._snapshot is None:
-            self.job.hold_direct(frozen)
+            self.job.hold_direct(frozen, unexpected)
         else:
             self._snapshot.insert()
-            self.job.hold_fleecing(self._snapshot, frozen)
+            self.job.hold_fleecing(self._snapshot, frozen, unexpected)
 
     def commit(self) -> None:
         self._is_committed = True
@@ -166,13 +195,17 @@ class BackupAction(Action):
 
     def abort(self) -> None:
         self.job.let_go()
+        if self._snapshot is not None:
+            self._snapshot.take_out()
         self._in.jobs.discard(self.job)
 
     async def clean(self) -> None:
+        if self._wanted is not None:
+            self._wanted.end()
         if self._is_committed:
             return
         if self._snapshot is not None:
-            await self._snapshot.drop()
+            await self._snapshot.close()
         elif self._scratch is not None:
             await self._scratch.close()
         if self._job is not None:
@@ -205,7 +238,7 @@ class BackupAction(Action):
     def _bitmap(self) -> DirtyBitmap | None:
         bitmap = None
         if self._sync.bitmap is not None:
-            bitmap = self._in.graph.entry(self._node.name).bitmaps.find(self._sync.bitmap)
+            bitmap = self._in.find_bitmap(self._node, self._sync.bitmap)
             if bitmap is None:
                 raise NotFoundError(f"Bitmap '{self._sync.bitmap}' could not be found")
         self._sync.check_bitmap(bitmap)
@@ -273,19 +306,33 @@ class BackupAction(Action):
 
     # What takes time.
 
-    def _make_job(self) -> None:
+    async def _make_job(self) -> None:
         self._check()
-        job_id = self._in.jobs.new_id(self._request.job_id)
-        target = self._target
-        if target is None:
-            assert self._target_entry is not None
-            target = ExistingTarget(self._target_entry.node, users=self._target_entry.users)
-            self._target = target
-        self._job = BackupJob(job_id, self._node, target, self._options(), transaction=self._together)
+        job_id, target = self._claim()
+        if self._node.size // _cluster_bytes(self._request) <= INLINE_CLUSTERS_MAX:
+            self._job = self._new_job(job_id, target)
+            return
+        executor = IoExecutor("maps", threads_max=1)
+        try:
+            self._job = await executor.run(self._new_job, job_id, target)
+        finally:
+            executor.shutdown()
 
-    async def _make_snapshot(self, scratch: Scratch) -> Snapshot:
-        name = self._request.job_id or "backup" if self._job is None else self._job.id
-        return await make_snapshot(SnapshotPlan(self._node, name, scratch, self._request.on_cbw_error))
+    def _claim(self) -> tuple[str, Target]:
+        """A job's id, and the target, which nobody else may use from now on; `_check` found nothing wrong."""
+        job_id = self._in.jobs.new_id(self._request.job_id)
+        if self._target is None:
+            assert self._target_entry is not None
+            self._target = ExistingTarget(self._target_entry.node, users=self._target_entry.users)
+        return job_id, self._target
+
+    def _new_job(self, job_id: str, target: Target) -> BackupJob:
+        """The job, with its maps: on a disk of many TiB these take time."""
+        return BackupJob(job_id, self._node, target, self._options(), transaction=self._together)
+
+    def _plan(self, scratch: Scratch) -> SnapshotPlan:
+        options = self.job.options
+        return SnapshotPlan(self._node, self.job.id, scratch, options.on_cbw_error, options.cbw_timeout_s)
 
     async def _open_target(self, target: TargetPath) -> Target:
         node = self._node

@@ -91,6 +91,11 @@ class BlockCopy:
         self.dirty = clusters
         self.access = clusters.copy()
 
+    def want_more(self, area: Extent) -> None:
+        """The clusters of cluster-aligned `area` are wanted too. Before anything was copied."""
+        self.dirty.set(area)
+        self.access.set(area)
+
     def want_again(self) -> None:
         """A new point in time: every cluster is to be copied, also those copied before.
 

@@ -15,11 +15,12 @@ order; the sweep at the end finds any whose copy failed in somebody else's hands
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node, drained
 from nbdbackup.errors import ConflictError, CopyError, Side, UsageError
@@ -115,13 +116,22 @@ class BackupJob(Job):
 
     # Keeping the point in time: one of these, once, when the backup is accepted.
 
-    def hold_direct(self, frozen: FrozenBitmap | None = None) -> None:
+    def expect(self, clusters: ClusterBitmap, snapshot: Snapshot | None) -> None:
+        """`clusters` will be wanted, or most of them, of the node or of `snapshot`: get ready for that."""
+        self._copy.want(clusters)
+        if snapshot is not None:
+            snapshot.block_copy.want(clusters.copy())
+
+    def hold_direct(
+        self, frozen: FrozenBitmap | None = None, unexpected: Sequence[Extent] | None = None
+    ) -> None:
         """Put a filter on the node that saves straight to the target. Only while it is drained.
 
-        `frozen` is the bitmap of the backup, the job's from now on.
+        `frozen` is the bitmap of the backup, the job's from now on. `unexpected` is what is wanted beside
+        what was expected; None: `frozen` says what is.
         """
         below = self.node.child
-        self._want(frozen, below)
+        self._want(frozen, below, unexpected)
         self._filter = CopyBeforeWrite(
             below,
             self._copy,
@@ -132,23 +142,30 @@ class BackupJob(Job):
         )
         self.node.push(self._filter)
 
-    def hold_fleecing(self, snapshot: Snapshot, frozen: FrozenBitmap | None = None) -> None:
+    def hold_fleecing(
+        self,
+        snapshot: Snapshot,
+        frozen: FrozenBitmap | None = None,
+        unexpected: Sequence[Extent] | None = None,
+    ) -> None:
         """Read `snapshot`, which is the job's from now on, and give its scratch back while copying.
 
         It was taken at this instant, or everything is wanted: from now on it saves only what the job
         will read.
         """
         assert self.options.sync is not SyncMode.NONE
-        self._want(frozen, snapshot.access)
+        self._want(frozen, snapshot.access, unexpected)
         self._snapshot = snapshot
-        if self.options.sync.copies_dirty:
+        if self.options.sync.copies_dirty and unexpected is None:
             snapshot.block_copy.want(self._copy.dirty.copy())
+        for area in unexpected or ():
+            snapshot.block_copy.want_more(area)
         snapshot.block_copy.skip_unallocated = self._copy.skip_unallocated
 
     def let_go(self) -> None:
         """Undo `hold_direct` or `hold_fleecing` before the job is started, while the node is still drained.
 
-        The snapshot is left to be dropped by who took it.
+        The snapshot is left to who took it.
         """
         if self._filter is not None:
             self.node.remove(self._filter)
@@ -157,13 +174,19 @@ class BackupJob(Job):
             self._frozen.thaw()
             self._frozen = None
 
-    def _want(self, frozen: FrozenBitmap | None, source: BlockDevice) -> None:
+    def _want(
+        self, frozen: FrozenBitmap | None, source: BlockDevice, unexpected: Sequence[Extent] | None
+    ) -> None:
         self._frozen = frozen
         self._copy.source = source
-        if self.options.sync.copies_dirty:
-            assert frozen is not None
+        if not self.options.sync.copies_dirty:
+            return
+        assert frozen is not None
+        if unexpected is None:
             self._copy.want(frozen.bitmap.clusters(self.options.cluster_bytes))
-            self.progress_set_total(self._copy.dirty.bytes_set(Extent(0, self._copy.size)))
+        for area in unexpected or ():
+            self._copy.want_more(area)
+        self.progress_set_total(self._copy.dirty.total_bytes)
 
     # The job.
 
@@ -302,6 +325,9 @@ class BackupJob(Job):
         known, is_wanted = await self._copy.look_ahead(area)
         if not is_wanted:
             self._copy.skip(known)
+            return known
+        if known.length <= self._copy.chunk_bytes_max:
+            # One read tells whether it is zero, and asking takes as long.
             return known
         return await self._copy_known_zeroes(known)
 

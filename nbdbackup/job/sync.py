@@ -21,7 +21,8 @@ from enum import Enum
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
-from nbdbackup.errors import ConflictError, UsageError
+from nbdbackup.bitmap.node_bitmaps import check_no_checkpoint, check_usable
+from nbdbackup.errors import UsageError
 
 
 class SyncMode(Enum):
@@ -82,14 +83,9 @@ class Sync:
             return
         if self.bitmap_mode is None:
             raise UsageError("Bitmap sync mode must be given when providing a bitmap")
-        if bitmap.busy:
-            raise ConflictError(
-                f"Bitmap '{bitmap}' is currently in use by another operation and cannot be used"
-            )
-        if bitmap.inconsistent:
-            raise ConflictError(
-                f"Bitmap '{bitmap}' is inconsistent and cannot be used: {bitmap.inconsistent}"
-            )
+        check_usable(bitmap)
+        if self.bitmap_mode is not BitmapSyncMode.NEVER:
+            check_no_checkpoint(bitmap)
         if self.mode is SyncMode.NONE:
             raise UsageError("sync mode 'none' does not produce meaningful bitmap outputs")
         if not self.mode.copies_dirty and self.bitmap_mode is BitmapSyncMode.NEVER:

@@ -14,7 +14,7 @@ import pytest
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.node import drained
-from nbdbackup.fleece.snapshots import make_snapshot
+from nbdbackup.fleece.snapshots import make_snapshot_now
 from nbdbackup.job.backup import BackupJob, BackupOptions
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.sync import BitmapSyncMode, FrozenBitmap
@@ -64,12 +64,13 @@ async def start_backup(
         else WatchedJob("b1", disk.node, target, options, clock)
     )
     registry.add(job)
-    snapshot = None if shape == "direct" else await make_snapshot(disk.plan("b1")[0])
     async with drained(disk.node):
         frozen = None if bitmap is None else FrozenBitmap(bitmap, bitmap_mode)
-        if snapshot is None:
+        if shape == "direct":
             job.hold_direct(frozen)
         else:
+            plan, _ = disk.plan("b1")
+            snapshot = make_snapshot_now(plan)
             snapshot.insert()
             job.hold_fleecing(snapshot, frozen)
     registry.start(job)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackup.bitmap import dirty
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.memory import MemoryDevice
-from nbdbackup.daemon.transaction import Transactions
+from nbdbackup.block.node import Node
+from nbdbackup.daemon.transaction import Action, Transactions
 from nbdbackup.errors import ConflictError, NbdBackupError
 from nbdbackup.job.job import CANCELLED_TEXT
 from nbdbackup.job.sync import BitmapSyncMode, Sync, SyncMode
@@ -33,9 +35,9 @@ async def _gates_are_opened() -> AsyncIterator[None]:
 class Bench:
     """Two disks with a bitmap b0 each, whose clusters 1 and 3 are dirty, and targets for them."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, bitmaps: dict[tuple[str, str], DirtyBitmap]) -> None:
         self.daemon = daemon
-        self.bitmaps: dict[tuple[str, str], DirtyBitmap] = {}
+        self.bitmaps = bitmaps
         self.transactions = Transactions()
         self.sources = {name: self._add(name, noise(SIZE)) for name in ("a", "b")}
         self.targets = {name: self._add(name, b"\xee" * SIZE) for name in ("ta", "tb")}
@@ -45,8 +47,7 @@ class Bench:
             bitmap = DirtyBitmap("b0", SIZE, CLUSTER)
             bitmap.mark(CLUSTER, 1)
             bitmap.mark(3 * CLUSTER, 1)
-            self.bitmaps[name, "b0"] = bitmap
-            daemon.graph.entry(name).bitmaps.add(bitmap)
+            bitmaps[name, "b0"] = bitmap
 
     def _add(self, name: str, content: bytes) -> MemoryDevice:
         device = MemoryDevice(SIZE, name)
@@ -80,8 +81,13 @@ class Bench:
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    async with composed(tmp_path) as daemon:
-        yield Bench(daemon)
+    bitmaps: dict[tuple[str, str], DirtyBitmap] = {}
+
+    def find_bitmap(node: Node, name: str) -> DirtyBitmap | None:
+        return bitmaps.get((node.name, name))
+
+    async with composed(tmp_path, find_bitmap=find_bitmap) as daemon:
+        yield Bench(daemon, bitmaps)
 
 
 def to_node(name: str, target: str | None = None) -> BackupRequest:
@@ -218,6 +224,48 @@ async def test_a_fleecing_incremental_saves_only_what_it_will_copy(bench: Bench,
     assert copied[CLUSTER : 2 * CLUSTER] == before[CLUSTER : 2 * CLUSTER]
     assert copied[3 * CLUSTER :] == before[3 * CLUSTER :]
     assert copied[:CLUSTER] == bytes(CLUSTER)
+
+
+class Slow(Action):
+    """A step that takes its time to get ready."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def ready(self) -> None:
+        self.reached.set()
+        await self.go_on.wait()
+
+
+@pytest.mark.parametrize("scratch", ["none", "directory"])
+@pytest.mark.parametrize("change", ["written", "cleared", "much written"])
+async def test_what_becomes_dirty_before_the_instant_is_copied_too(
+    bench: Bench, tmp_path: Path, change: str, scratch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change == "much written":
+        monkeypatch.setattr(dirty, "FREEZE_CHANGES_MAX", 1)
+    new = TargetPath(str(tmp_path / "new.img"))
+    place = str(bench.daemon.scratch) if scratch == "directory" else scratch
+    step, slow = bench.daemon.backups.action(replace(to_node("a"), target=new, scratch=place)), Slow()
+    running = asyncio.ensure_future(bench.transactions.run([step, slow]))
+    await asyncio.wait_for(slow.reached.wait(), 10)
+    bitmap = bench.bitmaps["a", "b0"]
+    if change == "cleared":
+        bitmap.clear()
+    bitmap.mark(0, 1)
+    bitmap.mark(2 * CLUSTER, 1)
+    slow.go_on.set()
+    await asyncio.wait_for(running, 10)
+    assert await bench.end("ja") is None
+    copied, content = (tmp_path / "new.img").read_bytes(), bytes(bench.sources["a"].data)
+    if change == "cleared":
+        content = b"".join(
+            content[number * CLUSTER : (number + 1) * CLUSTER] if number in (0, 2) else bytes(CLUSTER)
+            for number in range(4)
+        )[:SIZE]
+    assert copied == content
+    assert bench.dirty("a") == []
+    assert not bitmap._freezes
 
 
 async def test_sync_none_has_no_use_for_scratch(bench: Bench) -> None:
