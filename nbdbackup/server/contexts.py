@@ -97,6 +97,17 @@ class ContextTable:
         """Who answers for `name` now, if there is anybody."""
         return self._providers.get(name)
 
+    def get(self, name: str) -> StatusProvider:
+        """Who answers for `name` now.
+
+        Raises:
+            DeviceError: nobody.
+        """
+        provider = self._providers.get(name)
+        if provider is None:
+            raise DeviceError(errno.EINVAL, f"meta context {name} is no longer there")
+        return provider
+
 
 class SelectedContexts:
     """What one client has selected of `table`: `selected` are the names by their numbers.
@@ -115,7 +126,8 @@ class SelectedContexts:
         Raises:
             DeviceError: it was removed since the client selected it.
         """
-        name, provider = self._selected[number]
-        if provider is None or self._table.find(name) is not provider:
-            raise DeviceError(errno.EINVAL, f"meta context {name} is no longer there")
+        name, selected = self._selected[number]
+        provider = self._table.get(name)
+        if provider is not selected:
+            raise DeviceError(errno.EINVAL, f"meta context {name} is another one since")
         return provider

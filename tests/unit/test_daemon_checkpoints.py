@@ -51,8 +51,7 @@ def find(daemon: Daemon, node: str, name: str) -> DirtyBitmap:
 
 async def shown(daemon: Daemon, export: str, bitmap: str) -> list[int]:
     """The granules that a client of `export` is told are dirty."""
-    provider = daemon.exports.get(export).contexts.find(f"qemu:dirty-bitmap:{bitmap}")
-    assert provider is not None
+    provider = daemon.exports.get(export).contexts.get(f"qemu:dirty-bitmap:{bitmap}")
     found, offset = [], 0
     for extent in await provider.status(0, SIZE):
         found += [number // 65536 for number in range(offset, offset + extent.length, 65536) if extent.status]
