@@ -24,6 +24,12 @@ class ClusterBitmap:
         self._bits: bitarray = set_plane(clusters) if all_set else clear_plane(clusters)
         self._count = clusters if all_set else 0
 
+    def copy(self) -> "ClusterBitmap":
+        """Another one, with the same bits set now."""
+        other = ClusterBitmap(0, self.cluster_bytes)
+        other.size, other._bits, other._count = self.size, self._bits.copy(), self._count
+        return other
+
     def __len__(self) -> int:
         """How many clusters are set."""
         return self._count

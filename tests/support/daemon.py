@@ -66,7 +66,10 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path, remote: RemoteOptions | None = None) -> AsyncIterator[Daemon]:
+async def composed(
+    directory: Path,
+    remote: RemoteOptions | None = None,
+) -> AsyncIterator[Daemon]:
     """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does. `remote`: of its targets."""
     scratch = directory / "scratch"
     scratch.mkdir()

@@ -11,7 +11,8 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.transaction import Failing, run_transaction
 from nbdbackup.errors import ConflictError, DeviceError, NbdBackupError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
-from nbdbackup.monitor.context import BackupRequest, RawNode, TargetNode
+from nbdbackup.monitor.context import RawNode
+from nbdbackup.monitor.services_backup import BackupRequest, TargetNode
 from nbdbackup.monitor.services_bitmaps import (
     BitmapAdd,
     BitmapChange,
