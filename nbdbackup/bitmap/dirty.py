@@ -40,7 +40,8 @@ def granules(size: int, granularity: int) -> int:
 class Planes:
     """Where the bits of a bitmap are: its own and its successor's, one bit for each granule.
 
-    `spare` is the plane that is not in use. The two change places when the successor abdicates.
+    `spare` is the plane that is not in use, and clear. The two change places when the successor
+    abdicates. A plane is a whole number of bytes long; the bits past the last granule are clear.
     """
 
     own: bitarray
@@ -49,7 +50,8 @@ class Planes:
     @classmethod
     def in_memory(cls, count: int) -> "Planes":
         """Planes of `count` clear bits that end with the process."""
-        return cls(zeros(count), zeros(count))
+        bits = -(-count // 8) * 8
+        return cls(zeros(bits), zeros(bits))
 
     def swap(self) -> None:
         """Let the spare plane be the bitmap's own, and clear the other."""
@@ -240,6 +242,9 @@ class DirtyBitmap:
         """Undo what was done since `save`."""
         self._planes.own[:] = saved.bits
         self._count = saved.count
+
+    def forget(self, saved: SavedBits) -> None:
+        """The change that `saved` is from is final: `restore` will not be called."""
 
     def _set(self, run: Extent) -> None:
         self._planes.own[run.offset >> self._shift : ((run.end - 1) >> self._shift) + 1] = 1
