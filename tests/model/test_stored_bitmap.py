@@ -188,6 +188,26 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         self.successor = None
         self.bitmap.reclaim()
 
+    @precondition(lambda self: self.successor is None)
+    @rule(before=runs(), during=runs(), succeeds=st.booleans())
+    def back_up(self, before: tuple[int, int], during: tuple[int, int], succeeds: bool) -> None:
+        self.enable(True)
+        self.write(before)
+        self.create_successor()
+        self.write(during)
+        if succeeds:
+            self.abdicate()
+        else:
+            self.reclaim()
+
+    @precondition(lambda self: self.successor is None and self.cleared is None)
+    @rule(before=runs())
+    def fail_to_clear(self, before: tuple[int, int]) -> None:
+        self.enable(True)
+        self.write(before)
+        self.clear()
+        self.undo_clear()
+
     @rule(enabled=st.booleans())
     def enable(self, enabled: bool) -> None:
         self.bitmap.enabled = self.enabled = enabled
