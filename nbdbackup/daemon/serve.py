@@ -19,6 +19,7 @@ from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.daemon.tls import server_tls, warn_if_open
+from nbdbackup.daemon.transaction import Transactions
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
 from nbdbackup.job.failures import failure_in
@@ -96,7 +97,7 @@ async def _run(
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
-        services = Services(jobs, snapshots, backups, graph, stop.request_by_qmp)
+        services = Services(jobs, snapshots, backups, graph, Transactions(), stop.request_by_qmp)
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())

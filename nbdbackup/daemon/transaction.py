@@ -15,6 +15,8 @@ Follows QEMU's `transaction` command; the words are the same.
 from collections.abc import Sequence
 
 from nbdbackup.block.node import Node, drained
+from nbdbackup.errors import NbdBackupError
+from nbdbackup.monitor.context import Step
 
 
 class Action:
@@ -46,6 +48,31 @@ class Action:
 
     async def clean(self) -> None:
         """Give up what only the transaction needed; after everything else, once, in any case."""
+
+
+class Failing(Action):
+    """A step that cannot be taken."""
+
+    def __init__(self, error: NbdBackupError) -> None:
+        self._error = error
+
+    def prepare(self) -> None:
+        raise self._error
+
+
+class Transactions:
+    """Implements the monitor's `TransactionService`."""
+
+    async def run(self, steps: Sequence[Step], *, grouped: bool = False) -> None:
+        """Take all of `steps`, which are actions, or none."""
+        del grouped
+        actions = [step for step in steps if isinstance(step, Action)]
+        assert len(actions) == len(steps)
+        await run_transaction(actions)
+
+    def failing(self, error: NbdBackupError) -> Step:
+        """A step that fails with `error`."""
+        return Failing(error)
 
 
 async def run_transaction(actions: Sequence[Action]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from nbdbackup.errors import NbdBackupError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.registry import JobRegistry
 
@@ -165,6 +166,23 @@ class GraphService(Protocol):
         """Close the node `name`, which nothing may use."""
 
 
+class Step(Protocol):
+    """One step of a transaction; a service makes it, `TransactionService.run` takes it."""
+
+    async def ready(self) -> None:
+        """Do what takes time. The rest of a step is between the services."""
+
+
+class TransactionService(Protocol):
+    """Several steps at one instant."""
+
+    async def run(self, steps: Sequence[Step], *, grouped: bool = False) -> None:
+        """Take all of `steps`, or none. `grouped`: if a job of theirs fails, all are cancelled."""
+
+    def failing(self, error: NbdBackupError) -> Step:
+        """A step that fails with `error`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """Everything that commands act on."""
@@ -173,5 +191,6 @@ class Services:
     snapshots: SnapshotService
     backups: BackupService
     graph: GraphService
+    transactions: TransactionService
     request_shutdown: Callable[[], None]
     """Begin an orderly end of the daemon; returns at once."""

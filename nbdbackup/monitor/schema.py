@@ -45,8 +45,13 @@ def convert_arguments(arguments: Mapping[str, Json], arguments_type: type[A]) ->
     Raises:
         QmpError: they do not fit.
     """
-    _check(inspect.type_info(arguments_type), arguments, "")
+    check_value(arguments_type, arguments, "")
     return msgspec.convert(arguments, arguments_type)
+
+
+def check_value(expected: type[A], value: Json, path: str) -> None:
+    """Raise QmpError if `value`, which the user calls `path`, is no `expected`."""
+    _check(inspect.type_info(expected), value, path)
 
 
 def _check(expected: inspect.Type, value: Json, path: str) -> None:
@@ -65,6 +70,8 @@ def _check(expected: inspect.Type, value: Json, path: str) -> None:
                 raise _wrong_type(path, "array")
             for index, item in enumerate(value):
                 _check(expected.item_type, item, f"{path}[{index}]")
+        case inspect.DictType():
+            _as_object(value, path)
         case inspect.EnumType():
             _check_word(value, [member.value for member in expected.cls], path)
         case _:
@@ -113,7 +120,8 @@ def _check_word(value: Json, words: list[str | int | None], path: str) -> None:
     if not isinstance(value, str):
         raise _wrong_type(path, "string")
     if value not in words:
-        raise QmpError(f"Parameter '{path}' does not accept value '{value}'")
+        # QEMU calls it by its last name here, and only here.
+        raise QmpError(f"Parameter '{path.rpartition('.')[2]}' does not accept value '{value}'")
 
 
 def _check_scalar(expected: inspect.Type, value: Json, path: str) -> None:

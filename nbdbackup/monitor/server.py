@@ -20,7 +20,13 @@ from pathlib import Path
 
 from nbdbackup.errors import ConflictError, UsageError
 from nbdbackup.job.events import Event, Json
-from nbdbackup.monitor import commands_block, commands_core, commands_jobs, commands_snapshots
+from nbdbackup.monitor import (
+    commands_block,
+    commands_core,
+    commands_jobs,
+    commands_snapshots,
+    commands_transaction,
+)
 from nbdbackup.monitor.context import Services
 from nbdbackup.monitor.errors import QmpError
 from nbdbackup.monitor.framing import JsonStream, JsonStreamError
@@ -30,7 +36,7 @@ __all__ = ["MonitorServer", "monitor"]
 
 logger = logging.getLogger(__name__)
 
-COMMAND_MODULES = (commands_block, commands_core, commands_jobs, commands_snapshots)
+COMMAND_MODULES = (commands_block, commands_core, commands_jobs, commands_snapshots, commands_transaction)
 """Importing them is what fills the table of commands."""
 
 CLIENTS_MAX = 64

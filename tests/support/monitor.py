@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from nbdbackup.daemon.transaction import Transactions
 from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
@@ -209,7 +210,7 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
         jobs = JobRegistry(tasks)
         snapshots, backups, graph = FakeSnapshots(), FakeBackups(jobs), FakeGraph()
         shutdown = asyncio.Event()
-        services = Services(jobs, snapshots, backups, graph, shutdown.set)
+        services = Services(jobs, snapshots, backups, graph, Transactions(), shutdown.set)
         async with monitor(path, services) as server:
             try:
                 yield Bench(path, server, jobs, snapshots, backups, graph, shutdown)
