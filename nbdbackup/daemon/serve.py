@@ -13,6 +13,8 @@ from pathlib import Path
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.open import is_remote, open_device
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.bitmaps import Bitmaps
+from nbdbackup.daemon.checkpoints import Checkpoints
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
@@ -91,13 +93,23 @@ async def _run(
     options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
 ) -> int:
     stop = Stop()
+    bitmaps = Bitmaps(graph, server.exports)
     snapshots = Snapshots(graph, server, state.scratch)
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
-        services = Services(jobs, snapshots, backups, graph, Transactions(), stop.request_by_qmp)
+        services = Services(
+            jobs,
+            snapshots,
+            backups,
+            graph,
+            Transactions(),
+            stop.request_by_qmp,
+            bitmaps=bitmaps,
+            checkpoints=Checkpoints(bitmaps, snapshots),
+        )
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
@@ -179,7 +191,7 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
             await device.close()
             raise
         tls_only = source.name in options.tls_only
-        exports.add(Export(source.name, node, options.description, read_only, tls_only))
+        exports.add(Export(source.name, node, options.description, read_only, tls_only, all_bitmaps=True))
 
 
 def _remote_options(options: ServeOptions) -> RemoteOptions:

@@ -28,6 +28,8 @@ class Export:
     read_only: bool = False
     tls_only: bool = False
     """Shown to clients with TLS alone; so is every snapshot of it."""
+    all_bitmaps: bool = False
+    """Every dirty bitmap of the node is a meta context of it, as they come and go."""
     clients: set[Client] = field(default_factory=set)
     contexts: ContextTable = field(init=False)
     """What BLOCK_STATUS can tell of it."""
