@@ -43,30 +43,30 @@ class DurableMarks:
         self._failure: DeviceError | None = None
 
     def has_pending(self, first: int, stop: int) -> bool:
-        """Whether one of the granules from `first` to before `stop` was marked and is not on disk yet."""
+        """Whether one of the granules from `first` to before `stop` was marked and may not be on disk yet."""
+        if self._failure is not None:
+            return True
         for batch in (self._syncing, self._waiting):
             if batch is not None and any(start < stop and first < end for start, end in batch.ranges):
                 return True
         return False
 
-    async def settle(self, first: int, stop: int) -> None:
-        """The granules were just marked: return when their bits are on disk.
+    def settle(self, first: int, stop: int) -> Awaitable[None]:
+        """The granules were just marked, and are pending from now on: await their being on disk.
 
-        Cancelling it leaves the sync to the others that wait for it.
+        Cancelling that leaves the sync to the others that wait for it.
 
-        Raises:
+        Raises, when awaited:
             DeviceError: a sync failed, now or earlier. The kernel tells of a failed sync once, and a
                 later success would be a lie: nothing settles any more.
         """
-        if self._failure is not None:
-            raise self._failure
         if self._waiting is None:
             self._waiting = _Batch()
         batch = self._waiting
         batch.ranges.append((first, stop))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        await asyncio.shield(batch.done)
+        return _shielded(batch.done)
 
     async def close(self) -> None:
         """Wait for the sync under way; nobody may be waiting."""
@@ -78,7 +78,8 @@ class DurableMarks:
             batch = self._syncing = self._waiting
             self._waiting = None
             try:
-                await self._sync()
+                if self._failure is None:
+                    await self._sync()
             except OSError as error:
                 self._fail(error)
             self._syncing = None
@@ -99,3 +100,7 @@ class DurableMarks:
             batch.done.set_exception(self._failure)
             # All who waited may be gone; then nobody asks for it.
             batch.done.exception()
+
+
+async def _shielded(done: "asyncio.Future[None]") -> None:
+    await asyncio.shield(done)

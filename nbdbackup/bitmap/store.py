@@ -15,6 +15,7 @@ not start. Serving its disk would let writes pass unrecorded, and later somebody
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
@@ -110,8 +111,10 @@ class BitmapStore:
             UsageError: a name is too long. ConflictError, DeviceError: see `BitmapFile.create`.
         """
         for what, text in (("node", node), ("bitmap", name)):
-            if len(text.encode()) > TEXT_BYTES_MAX:
+            if len(text.encode(errors="surrogateescape")) > TEXT_BYTES_MAX:
                 raise UsageError(f"{what} name {text[:40]}... is too long: {TEXT_BYTES_MAX} bytes at most")
+            if not text.isprintable():
+                raise UsageError(f"{what} name {text!r} has characters that cannot be stored with a bitmap")
         header = Header(
             uuid.uuid4().bytes,
             node,
@@ -146,19 +149,33 @@ class BitmapStore:
         """Every bitmap of `node`, whose source is as `identity` says, in use from now on.
 
         Raises:
-            DeviceError: a file cannot be read or written; those before it are in use, and saved by `release`.
+            DeviceError: a file cannot be read or written; none of them is in use.
         """
         bitmaps: list[StoredBitmap] = []
-        for name, path in sorted(self._at_rest.get(node, {}).items()):
-            file = BitmapFile.open(path)
-            try:
-                bitmaps.append(self._take_into_use(file, identity))
-            except OSError as error:
-                file.close()
-                raise failed(error, f"cannot use bitmap file {path}") from error
-            self._loaded.add(bitmaps[-1])
-            del self._at_rest[node][name]
+        try:
+            for _, path in sorted(self._at_rest.get(node, {}).items()):
+                bitmaps.append(self._load(path, identity))
+        except BaseException:
+            for bitmap in bitmaps:
+                with suppress(OSError):
+                    self.release(bitmap, identity)
+            raise
         return bitmaps
+
+    def _load(self, path: Path, identity: SourceIdentity) -> StoredBitmap:
+        file = BitmapFile.open(path)
+        try:
+            bitmap = self._take_into_use(file, identity)
+        except OSError as error:
+            file.close()
+            raise failed(error, f"cannot use bitmap file {path}") from error
+        self._loaded.add(bitmap)
+        del self._at_rest[file.header.node][file.header.name]
+        return bitmap
+
+    def retire(self, bitmap: StoredBitmap) -> None:
+        """`bitmap` is about to be released or removed: no sign of life of it any more. Never blocks."""
+        self._loaded.discard(bitmap)
 
     def release(self, bitmap: StoredBitmap, identity: SourceIdentity) -> None:
         """The node of `bitmap` goes, with its source as `identity` says: save it, to be loaded again.
@@ -187,7 +204,7 @@ class BitmapStore:
     def give_sign_of_life(self) -> None:
         """To be called every few seconds: how a later server tells our writes from those after our death."""
         now_ns = self._now_ns()
-        for bitmap in self._loaded:
+        for bitmap in tuple(self._loaded):
             bitmap.file.write_sign_of_life(now_ns)
 
     def _take_into_use(self, file: BitmapFile, identity: SourceIdentity) -> StoredBitmap:

@@ -73,17 +73,17 @@ class StoredBitmap(DirtyBitmap):
             return False
         return not self._marks.has_pending(first, stop)
 
-    async def settle(self, offset: int, length: int) -> None:
-        """The range was marked: return when its bits are on disk. At once if there is no such promise.
+    def settle(self, offset: int, length: int) -> Awaitable[None]:
+        """The range was marked, and `is_settled` said False before that: await its bits' being on disk.
 
-        To be called if `is_settled` was False before the range was marked, with no await between the two.
+        To be called with no await since `is_settled`; other writes to the range wait from now on.
 
-        Raises:
+        Raises, when awaited:
             DeviceError: they cannot be put there; the write must not pass.
         """
-        if self._marks is not None and self._recording is not None:
-            first = offset >> self._shift
-            await self._marks.settle(first, ((offset + length - 1) >> self._shift) + 1)
+        assert self._marks is not None
+        first = offset >> self._shift
+        return self._marks.settle(first, ((offset + length - 1) >> self._shift) + 1)
 
     # Changes of its state; the order of the steps is in the module's docstring.
 
@@ -148,11 +148,11 @@ class StoredBitmap(DirtyBitmap):
             self.file.sync()
 
     def invalidate(self, reason: str) -> None:
-        """Its bits are of no use from now on, and say so also when they are loaded again."""
+        """Its bits are of no use from now on, and say so also when they are loaded again. Never fails."""
         self.inconsistent = reason
         self._enabled = False
         self._choose_plane()
-        self.file.write_header(replace(self.file.header, inconsistent=reason), sync=True)
+        self.file.write_header(replace(self.file.header, inconsistent=reason), sync=False)
 
     def _write(self, flags: HeaderFlags) -> None:
         self.file.write_header(replace(self.file.header, flags=flags), sync=self.durable)
