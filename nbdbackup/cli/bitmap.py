@@ -194,7 +194,7 @@ def _state(bitmap: BitmapInfo) -> str:
         for word, holds in (
             ("busy", bitmap.busy),
             ("persistent", bitmap.persistent),
-            ("inconsistent", bitmap.inconsistent),
+            (f"inconsistent ({bitmap.reason})" if bitmap.reason else "inconsistent", bitmap.inconsistent),
         )
         if holds
     ]
