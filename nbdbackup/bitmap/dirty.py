@@ -15,6 +15,7 @@ loop walks it: what is known to be empty is not looked at, and copies are made i
 Source: QEMU's block/dirty-bitmap.c; the terms are the same.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ FREEZE_GRANULES = 1 << 22
 FREEZE_CHANGES_MAX = 1 << 14
 """Changes noted while a bitmap is being frozen; after more than these it is copied again, at the instant."""
 
+_PAGE_GRANULES = mmap.PAGESIZE * 8
 _DIRTY = 1
 
 
@@ -412,5 +414,9 @@ class Freeze:
         of = self.bitmap
         stop = min(first + FREEZE_GRANULES, granules(of.size, of.granularity))
         for plane in (of._planes.own, of._planes.spare)[: 1 + of.is_frozen]:
-            if plane.find(1, first, stop) >= 0:
-                self._bits[first:stop] |= plane[first:stop]
+            position = first
+            while (found := plane.find(1, position, stop)) >= 0:
+                # No more than the page in which it is: pages without a bit stay no memory.
+                page = found // _PAGE_GRANULES * _PAGE_GRANULES
+                position = min(page + _PAGE_GRANULES, stop)
+                self._bits[page:position] |= plane[page:position]

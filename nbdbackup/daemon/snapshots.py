@@ -130,8 +130,15 @@ class Snapshots:
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self.server.exports
-        tls_only = any(export.tls_only for export in exports if export.node is snapshot.plan.node)
-        export = Export(snapshot.export_name, snapshot.view, description, read_only=True, tls_only=tls_only)
+        tls_only, authorised = exports.access_to(snapshot.plan.node)
+        export = Export(
+            snapshot.export_name,
+            snapshot.view,
+            description,
+            read_only=True,
+            tls_only=tls_only,
+            authorised=authorised,
+        )
         for bitmap in kept.frozen:
             export.contexts.add(context_name(bitmap.name), BitmapContext(bitmap))
         exports.add(export)
@@ -142,7 +149,7 @@ class Snapshots:
             raise UsageError(f"{export_name[:40]}... is too long for an export: choose a shorter --name")
         if export_name in self.live or export_name in self.names_being_made:
             raise ConflictError(f"snapshot {export_name} exists already: drop it, or choose another --name")
-        if self.server.exports.find(export_name) is not None:
+        if export_name in self.server.exports:
             raise ConflictError(f"there is an export called {export_name} already: choose another --name")
 
     def info(self, kept: "KeptSnapshot") -> SnapshotInfo:
