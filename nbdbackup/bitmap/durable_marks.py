@@ -74,24 +74,32 @@ class DurableMarks:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        while self._waiting is not None:
-            batch = self._syncing = self._waiting
-            self._waiting = None
-            try:
+        try:
+            while self._waiting is not None:
+                self._syncing, self._waiting = self._waiting, None
                 if self._failure is None:
                     await self._sync()
-            except OSError as error:
-                self._fail(error)
-            self._syncing = None
-            self._end(batch)
-        self._task = None
+                self._end(self._syncing)
+                self._syncing = None
+        except OSError as error:
+            self._fail(error.errno or errno.EIO, error.strerror or str(error))
+        except BaseException as error:
+            # A bug, or the end of the event loop: nobody may wait for ever.
+            self._fail(errno.EIO, repr(error))
+            raise
+        finally:
+            self._task = None
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, number: int, reason: str) -> None:
         self._failure = DeviceError(
-            error.errno or errno.EIO,
+            number,
             f"a bitmap cannot be put on disk, and with --bitmap-durability power no write may pass without: "
-            f"{error.strerror or error}",
+            f"{reason}",
         )
+        for batch in (self._syncing, self._waiting):
+            if batch is not None:
+                self._end(batch)
+        self._syncing = self._waiting = None
 
     def _end(self, batch: _Batch) -> None:
         if self._failure is None:

@@ -80,7 +80,7 @@ class BitmapStore:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             paths = sorted(self.directory.iterdir())
             for path in paths:
-                if path.name.endswith(SUFFIX + NEW_SUFFIX):
+                if path.suffix == NEW_SUFFIX:
                     path.unlink()
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for bitmaps") from error
@@ -126,7 +126,7 @@ class BitmapStore:
             alive_ns=self._now_ns(),
         )
         path = self._path(header)
-        file = BitmapFile.create(path.with_name(path.name + NEW_SUFFIX), header)
+        file = BitmapFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
         bitmap = StoredBitmap(file, self._run)
         self._loaded.add(bitmap)
         return bitmap

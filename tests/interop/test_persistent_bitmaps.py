@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ServeFunction
 from tests.support.disks import make_sparse
-from tests.support.peers import require
+from tests.support.peers import require, require_root
 from tests.support.processes import attempt, run, wait_until
 from tests.support.raw_client import CMD_FLUSH, CMD_WRITE, RawClient
 from tests.support.server import Server, ServerFailed
@@ -255,6 +255,29 @@ def test_with_durability_power_many_writes_at_once_are_all_recorded_and_answered
             client.request(CMD_FLUSH)
             assert client.simple_reply().error == 0
     assert dirty(server) == set(range(32))
+
+
+@pytest.mark.root
+def test_no_room_for_a_bitmap_is_one_clear_line_and_a_coarser_one_fits(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    require_root("mounts a tmpfs")
+    state.mkdir()
+    run(require("mount"), "-t", "tmpfs", "-o", "size=256k", "tmpfs", state)
+    try:
+        server = serve(state_dir=state, disk=make_sparse(disk, 1 << 30))
+        refused = server.cli("bitmap", "add", "disk", "b0", "-g", "512", check=False)
+        assert refused.returncode == 1
+        assert len(refused.stderr.splitlines()) == 1
+        assert "No space left on device: make room there, or take a coarser granularity" in refused.stderr
+        assert bitmaps(server) == {}
+        assert list((state / "bitmaps").iterdir()) == []
+        server.cli("bitmap", "add", "disk", "b0", "-g", "64K")
+        write(server, 3)
+        assert dirty(server) == {3}
+        server.stop()
+    finally:
+        run(require("umount"), "-l", state)
 
 
 def test_qemus_bitmap_is_inconsistent_where_ours_is_right(

@@ -336,6 +336,18 @@ def test_two_files_of_one_bitmap_are_refused_by_name(tmp_path: Path) -> None:
         make_store(tmp_path)
 
 
+def test_two_additions_of_one_name_at_a_time_do_not_hinder_each_other_before_one_is_published(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path)
+    first, second = (store.create("disk", "b0", GRANULE, SOURCE) for _ in range(2))
+    store.publish(first)
+    with pytest.raises(ConflictError, match="exists already"):
+        store.publish(second)
+    store.remove(second)
+    assert [path.name for path in tmp_path.iterdir()] == ["disk:b0.bitmap"]
+
+
 def test_a_file_of_the_bitmaps_name_is_not_overwritten(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     (tmp_path / "disk:b0.bitmap").write_text("precious")

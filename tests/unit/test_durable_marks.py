@@ -102,3 +102,19 @@ async def test_cancelled_write_does_not_take_the_sync_from_the_others() -> None:
     assert marks.has_pending(0, 1)
     disk.syncs[0].set_result(None)
     await other
+
+
+async def test_a_bug_in_a_sync_leaves_nobody_waiting() -> None:
+    disk = Disk()
+    marks = DurableMarks(disk.sync)
+    write = asyncio.ensure_future(marks.settle(0, 1))
+    await settle_loop()
+    later = asyncio.ensure_future(marks.settle(1, 2))
+    task = marks._task
+    assert task is not None
+    disk.syncs[0].set_exception(ValueError("a bug"))
+    for waiting in (write, later):
+        with pytest.raises(DeviceError, match="a bug"):
+            await waiting
+    with pytest.raises(ValueError, match="a bug"):
+        await task
