@@ -128,6 +128,30 @@ def test_every_write_that_was_acknowledged_before_a_kill_is_dirty(
         assert len(dirty(server) - expected) <= 1 + turn
 
 
+@pytest.mark.parametrize("end", ["killed", "stopped", "pulled"])
+def test_bits_frozen_for_a_pull_are_dirty_again_unless_they_were_pulled(
+    serve: ServeFunction, disk: Path, state: Path, end: str
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    server.cli("bitmap", "add", "disk", "b0")
+    write(server, 1, 2)
+    server.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0")
+    write(server, 9)
+    if end == "pulled":
+        server.cli("snapshot", "drop", "disk@s", "--pulled")
+    if end == "stopped":
+        server.stop()
+    else:
+        server.kill()
+    again = restarted(serve, server)
+    assert bitmaps(again)["b0"]["busy"] is False
+    assert dirty(again) == ({9} if end == "pulled" else {1, 2, 9})
+    write(again, 30)
+    again.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0")
+    again.cli("snapshot", "drop", "disk@s", "--pulled")
+    assert dirty(again) == set()
+
+
 def test_removed_bitmap_does_not_come_back(serve: ServeFunction, disk: Path, state: Path) -> None:
     server = serve(state_dir=state, disk=disk)
     server.cli("bitmap", "add", "disk", "b0")
