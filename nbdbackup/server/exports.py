@@ -1,5 +1,6 @@
 """Exports: nodes offered under a name over NBD, and who is connected to each."""
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,12 +29,31 @@ class Export:
     read_only: bool = False
     tls_only: bool = False
     """Shown to clients with TLS alone; so is every snapshot of it."""
+    id: str = ""
+    """What QMP calls it; "": as its name."""
     clients: set[Client] = field(default_factory=set)
     contexts: ContextTable = field(init=False)
     """What BLOCK_STATUS can tell of it."""
+    _unused: asyncio.Event = field(default_factory=asyncio.Event, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.contexts = ContextTable(self.node)
+        self._unused.set()
+
+    def join(self, client: Client) -> None:
+        """`client` uses it from now on."""
+        self.clients.add(client)
+        self._unused.clear()
+
+    def leave(self, client: Client) -> None:
+        """`client` uses it no longer, and has nothing in flight."""
+        self.clients.discard(client)
+        if not self.clients:
+            self._unused.set()
+
+    async def wait_unused(self) -> None:
+        """Return when it has no client."""
+        await self._unused.wait()
 
     def info(self) -> ExportInfo:
         """What negotiation tells a client."""
