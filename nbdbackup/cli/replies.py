@@ -51,6 +51,13 @@ class ImageInfo(msgspec.Struct, frozen=True, rename="kebab"):
     virtual_size: int = 0
 
 
+class ChildInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """A node that another one is made of."""
+
+    child: str = ""
+    node_name: str = ""
+
+
 class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     """An entry of `query-named-block-nodes`."""
 
@@ -59,6 +66,8 @@ class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     file: str = ""
     ro: bool = False
     image: ImageInfo = ImageInfo()
+    write_threshold: int = msgspec.field(default=0, name="write_threshold")
+    children: list[ChildInfo] = []
 
 
 class ExportInfo(msgspec.Struct, frozen=True, rename="kebab"):

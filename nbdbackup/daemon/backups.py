@@ -120,6 +120,7 @@ class Backups:
         except BaseException:
             await scratch.close()
             raise
+        self._graph.announcer.watch(snapshot)
         job.hold_fleecing(snapshot)
 
     def _scratch_place(self, request: BackupRequest) -> Path | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.open import is_remote, open_device
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.events import Announcer
+from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
@@ -72,14 +74,15 @@ async def serve(options: ServeOptions) -> int:
         stack.callback(state.close)
         tls = server_tls(options.tls)
         exports = ExportTable()
-        graph = Graph(exports)
+        announcer = Announcer()
+        graph = Graph(exports, announcer)
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
         _raise_descriptor_limit()
         server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
         warn_if_open(server.listeners, options)
         try:
-            return await _run(options, stack, state, graph, server)
+            return await _run(options, stack, state, graph, server, announcer)
         except ExceptionGroup as group:
             failure = failure_in(group)
             if failure is None:
@@ -88,7 +91,12 @@ async def serve(options: ServeOptions) -> int:
 
 
 async def _run(
-    options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
+    options: ServeOptions,
+    stack: AsyncExitStack,
+    state: StateDirectory,
+    graph: Graph,
+    server: Server,
+    announcer: Announcer,
 ) -> int:
     stop = Stop()
     snapshots = Snapshots(graph, server, state.scratch)
@@ -97,8 +105,17 @@ async def _run(
         jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
-        services = Services(jobs, snapshots, backups, graph, Transactions(), stop.request_by_qmp)
+        services = Services(
+            jobs,
+            snapshots,
+            backups,
+            graph,
+            Transactions(),
+            stop.request_by_qmp,
+            exports=Exports(graph, server, tasks, announcer),
+        )
         async with monitor(options.control, services) as control:
+            announcer.subscribe(control.publish)
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 status = await _serve_until(options, server, stop)

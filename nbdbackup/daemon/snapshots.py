@@ -101,6 +101,7 @@ class Snapshots:
 
     def _offer(self, snapshot: Snapshot) -> None:
         self._snapshots[snapshot.export_name] = snapshot
+        self._graph.announcer.watch(snapshot)
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self._server.exports

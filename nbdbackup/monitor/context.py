@@ -13,6 +13,8 @@ from typing import Protocol
 from nbdbackup.errors import NbdBackupError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.registry import JobRegistry
+from nbdbackup.monitor.services_exports import ExportService
+from nbdbackup.monitor.services_graph import GraphService
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,65 +109,6 @@ class BackupService(Protocol):
         """Take the point in time and start the job; its id. The job is listed on return."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileNode:
-    """A new node `name` on the file or block device `filename`."""
-
-    name: str
-    filename: str
-    driver: str = "file"
-    """What the node says it is: file or raw."""
-    read_only: bool = False
-    unmap: bool = True
-    """Whether trim and write_zeroes may give space back."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawNode:
-    """A new node `name` that passes everything on to the node `child`."""
-
-    name: str
-    child: str
-    read_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class NodeInfo:
-    """A node as it stands. Sizes are bytes."""
-
-    name: str
-    driver: str
-    filename: str
-    size: int
-    read_only: bool
-    allocated: int | None = None
-    """What it takes up on its file system, where that is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
-    """An NBD export."""
-
-    name: str
-    node: str
-
-
-class GraphService(Protocol):
-    """Nodes and exports."""
-
-    def nodes(self) -> Sequence[NodeInfo]:
-        """Every node."""
-
-    def exports(self) -> Sequence[ExportInfo]:
-        """Every export."""
-
-    async def add(self, node: FileNode | RawNode) -> None:
-        """Open a node."""
-
-    async def delete(self, name: str) -> None:
-        """Close the node `name`, which nothing may use."""
-
-
 class Step(Protocol):
     """One step of a transaction; a service makes it, `TransactionService.run` takes it."""
 
@@ -194,3 +137,4 @@ class Services:
     transactions: TransactionService
     request_shutdown: Callable[[], None]
     """Begin an orderly end of the daemon; returns at once."""
+    exports: ExportService

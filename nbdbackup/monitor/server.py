@@ -23,6 +23,7 @@ from nbdbackup.job.events import Event, Json
 from nbdbackup.monitor import (
     commands_block,
     commands_core,
+    commands_exports,
     commands_jobs,
     commands_snapshots,
     commands_transaction,
@@ -36,7 +37,14 @@ __all__ = ["MonitorServer", "monitor"]
 
 logger = logging.getLogger(__name__)
 
-COMMAND_MODULES = (commands_block, commands_core, commands_jobs, commands_snapshots, commands_transaction)
+COMMAND_MODULES = (
+    commands_block,
+    commands_core,
+    commands_exports,
+    commands_jobs,
+    commands_snapshots,
+    commands_transaction,
+)
 """Importing them is what fills the table of commands."""
 
 CLIENTS_MAX = 64

@@ -139,14 +139,12 @@ class Server:
                 connection.shut_down()
 
     def _open(self, entrance: _Entrance, group: asyncio.TaskGroup) -> None:
-        entrance.accepting = group.create_task(self._accept(group, entrance))
-
-    async def _accept(self, group: asyncio.TaskGroup, entrance: _Entrance) -> None:
-        try:
-            await self._accept_for_ever(group, entrance)
-        finally:
-            # Here, and not in `stop`: the event loop must have let go of the socket first.
-            entrance.listener.close()
+        entrance.accepting = group.create_task(self._accept_for_ever(group, entrance))
+        # Not in `stop`: the event loop must have let go of the socket first. Nor at the end of the task: one
+        # that is cancelled before it has begun has no end.
+        entrance.accepting.add_done_callback(lambda _: entrance.listener.close())
+        if self._stopping:
+            entrance.accepting.cancel()
 
     async def _accept_for_ever(self, group: asyncio.TaskGroup, entrance: _Entrance) -> None:
         loop = asyncio.get_running_loop()

@@ -18,10 +18,15 @@ from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.events import Announcer
+from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.nodes.opening import FindBitmap
 from nbdbackup.daemon.snapshots import Snapshots
+from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.server.exports import Export, ExportTable
+from nbdbackup.server.listener import listen_unix
 from nbdbackup.server.server import Server
 from tests.support.sessions import open_descriptors, wait_until
 
@@ -40,6 +45,9 @@ class Daemon:
     snapshots: Snapshots
     backups: Backups
     jobs: JobRegistry
+    announced: list[Event]
+    """What the graph and the exports told the monitor's clients."""
+    export_service: Exports
 
     def add(self, name: str, device: BlockDevice, filename: str = "") -> Node:
         """Serve `device` as node and export `name`."""
@@ -62,20 +70,27 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path) -> AsyncIterator[Daemon]:
-    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does."""
+async def composed(directory: Path, find_bitmap: FindBitmap | None = None) -> AsyncIterator[Daemon]:
+    """A daemon with its scratch and its socket in `directory`; leaving ends it as SIGTERM does."""
     scratch = directory / "scratch"
     scratch.mkdir()
     exports = ExportTable()
-    graph = Graph(exports)
-    snapshots = Snapshots(graph, Server(exports, []), scratch)
+    announcer, announced = Announcer(), list[Event]()
+    announcer.subscribe(announced.append)
+    graph = Graph(exports, announcer, find_bitmap)
+    server = Server(exports, [listen_unix(f"{directory}/nbd.sock")])
+    snapshots = Snapshots(graph, server, scratch)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         backups = Backups(graph, jobs, scratch, RemoteOptions(), list)
         try:
-            yield Daemon(scratch, exports, graph, snapshots, backups, jobs)
+            serving = tasks.create_task(server.run())
+            export_service = Exports(graph, server, tasks, announcer, find_bitmap)
+            yield Daemon(scratch, exports, graph, snapshots, backups, jobs, announced, export_service)
         finally:
+            server.stop()
             await jobs.cancel_all()
+            await serving
             await snapshots.close()
             await graph.close()
 

@@ -14,15 +14,13 @@ from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import (
     BackupRequest,
-    ExportInfo,
-    FileNode,
-    NodeInfo,
-    RawNode,
     Services,
     SnapshotInfo,
     SnapshotOptions,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
+from nbdbackup.monitor.services_exports import ExportInfo, ExportRequest, ServerRequest
+from nbdbackup.monitor.services_graph import NodeDefinition, NodeInfo
 from tests.support.jobs import WAIT_S_MAX, ScriptedJob
 
 CREATED = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
@@ -95,20 +93,43 @@ class FakeBackups:
 
 @dataclass
 class FakeGraph:
-    added: list[FileNode | RawNode] = field(default_factory=list)
+    added: list[NodeDefinition] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    thresholds: dict[str, int] = field(default_factory=dict)
 
     def nodes(self) -> Sequence[NodeInfo]:
         return [NodeInfo("disk", "raw", "/srv/disk.img", 1 << 20, False, 4096)]
 
-    def exports(self) -> Sequence[ExportInfo]:
-        return [ExportInfo("disk", "disk")]
-
-    async def add(self, node: FileNode | RawNode) -> None:
+    async def add(self, node: NodeDefinition) -> None:
         self.added.append(node)
 
     async def delete(self, name: str) -> None:
         self.deleted.append(name)
+
+    async def set_write_threshold(self, name: str, threshold: int) -> None:
+        self.thresholds[name] = threshold
+
+
+@dataclass
+class FakeExports:
+    """Says back what it was asked for."""
+
+    asked: list[ExportRequest | ServerRequest | tuple[str, bool] | None] = field(default_factory=list)
+
+    def exports(self) -> Sequence[ExportInfo]:
+        return [ExportInfo("disk", "disk")]
+
+    async def add(self, request: ExportRequest) -> None:
+        self.asked.append(request)
+
+    async def delete(self, export_id: str, *, hard: bool) -> None:
+        self.asked.append((export_id, hard))
+
+    async def start_server(self, request: ServerRequest) -> None:
+        self.asked.append(request)
+
+    async def stop_server(self) -> None:
+        self.asked.append(None)
 
 
 class QmpClient:
@@ -181,6 +202,7 @@ class Bench:
     snapshots: FakeSnapshots
     backups: FakeBackups
     graph: FakeGraph
+    exports: FakeExports
     shutdown: asyncio.Event
 
     @asynccontextmanager
@@ -209,10 +231,11 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
     async with asyncio.timeout(WAIT_S_MAX * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         snapshots, backups, graph = FakeSnapshots(), FakeBackups(jobs), FakeGraph()
+        exports = FakeExports()
         shutdown = asyncio.Event()
-        services = Services(jobs, snapshots, backups, graph, Transactions(), shutdown.set)
+        services = Services(jobs, snapshots, backups, graph, Transactions(), shutdown.set, exports)
         async with monitor(path, services) as server:
             try:
-                yield Bench(path, server, jobs, snapshots, backups, graph, shutdown)
+                yield Bench(path, server, jobs, snapshots, backups, graph, exports, shutdown)
             finally:
                 await jobs.cancel_all()

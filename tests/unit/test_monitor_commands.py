@@ -8,12 +8,11 @@ from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.context import (
     BackupRequest,
-    FileNode,
-    RawNode,
     SnapshotOptions,
     TargetNode,
     TargetPath,
 )
+from nbdbackup.monitor.services_graph import FileNode, RawNode
 from tests.support.monitor import bench
 
 SNAPSHOT = {
@@ -202,7 +201,7 @@ async def test_blockdev_add_describes_the_node(path: Path) -> None:
         assert control.graph.added == [
             FileNode("f", "/f", "file", unmap=True),
             RawNode("r", "f"),
-            FileNode("g", "/g", "raw", read_only=True, unmap=False),
+            RawNode("g", FileNode("", "/g", unmap=False), read_only=True),
         ]
         await client.execute("blockdev-del", {"node-name": "r"})
         assert control.graph.deleted == ["r"]
