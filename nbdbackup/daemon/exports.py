@@ -26,6 +26,7 @@ from nbdbackup.server.bitmap_context import BitmapContext, context_name
 from nbdbackup.server.exports import Export
 from nbdbackup.server.listener import Listener, listen_tcp, listen_unix
 from nbdbackup.server.server import Server
+from nbdbackup.tls.names import PeerName
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,16 @@ class Exports:
         if any(export.name == name for export in self._server.exports):
             raise ConflictError(f"NBD server already has export named '{name}'")
         node = Node(request.node, WriteThrough(entry.node)) if request.writethrough else entry.node
-        export = Export(name, node, request.description, read_only=not request.writable, id=request.id)
+        tls_only, authorised = self._access_to(entry)
+        export = Export(
+            name,
+            node,
+            request.description,
+            read_only=not request.writable,
+            tls_only=tls_only,
+            authorised=authorised,
+            id=request.id,
+        )
         # Known before anything is changed: that it can be told to clients.
         export.info()
         bitmaps = self._take_bitmaps(request, entry)
@@ -152,6 +162,18 @@ class Exports:
         if entry is None or entry.is_leaving:
             raise NotFoundError(f"Cannot find device='' nor node-name='{name}'")
         return entry
+
+    def _access_to(self, entry: Entry) -> tuple[bool, tuple[PeerName, ...] | None]:
+        """`tls_only` and `authorised` of the node: those of whatever it is made of."""
+        tls_only, authorised = self._server.exports.access_to(entry.node)
+        for child in entry.children:
+            child_tls_only, child_authorised = self._access_to(child.entry)
+            tls_only = tls_only or child_tls_only
+            if authorised is None:
+                authorised = child_authorised
+            elif child_authorised is not None:
+                authorised = tuple(name for name in authorised if name in child_authorised)
+        return tls_only, None if authorised is None else tuple(dict.fromkeys(authorised))
 
     def _find(self, export_id: str) -> Added:
         """The export that is offered as `export_id`, one that the daemon was started with included."""

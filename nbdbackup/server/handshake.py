@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.agreement import ExportCatalog, Negotiated, TlsMode
+from nbdbackup.nbd.agreement import Negotiated, TlsMode
 from nbdbackup.nbd.negotiation import HandshakeError, ServerNegotiation
+from nbdbackup.server.exports import ClientCatalog, ExportTable
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.stream import TlsStream
 
@@ -36,7 +37,7 @@ class Handshake:
     def __init__(
         self,
         sock: socket.socket,
-        catalog: ExportCatalog,
+        exports: ExportTable,
         tls: ServerTls | None = None,
         limit_s: float | None = HANDSHAKE_TIMEOUT_S,
     ) -> None:
@@ -44,7 +45,8 @@ class Handshake:
         self._sock = sock
         self._tls = tls
         self._limit_s = limit_s
-        self._negotiation = ServerNegotiation(catalog, TlsMode.OFF if tls is None else tls.mode)
+        self._catalog = ClientCatalog(exports)
+        self._negotiation = ServerNegotiation(self._catalog, TlsMode.OFF if tls is None else tls.mode)
         # Changes while running.
         self._stream: socket.socket | TlsStream = sock
         self._timeout: asyncio.Timeout | None = None
@@ -95,6 +97,7 @@ class Handshake:
             if negotiation.wants_tls:
                 assert self._tls is not None
                 self._stream = await self._tls.accept(self._sock)
+                self._catalog.identify(self._stream.peer_name)
                 negotiation.tls_started()
         if negotiation.result is None:
             return None

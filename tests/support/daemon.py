@@ -26,7 +26,7 @@ from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.server.exports import Export, ExportTable
-from nbdbackup.server.listener import listen_unix
+from nbdbackup.server.listener import listen_tcp
 from nbdbackup.server.server import Server
 from tests.support.sessions import open_descriptors, wait_until
 
@@ -70,19 +70,24 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path, find_bitmap: FindBitmap | None = None) -> AsyncIterator[Daemon]:
-    """A daemon with its scratch and its socket in `directory`; leaving ends it as SIGTERM does."""
+async def composed(
+    directory: Path, remote: RemoteOptions | None = None, find_bitmap: FindBitmap | None = None
+) -> AsyncIterator[Daemon]:
+    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does.
+
+    `remote`: of its targets.
+    """
     scratch = directory / "scratch"
     scratch.mkdir()
     exports = ExportTable()
     announcer, announced = Announcer(), list[Event]()
     announcer.subscribe(announced.append)
     graph = Graph(exports, announcer, find_bitmap)
-    server = Server(exports, [listen_unix(f"{directory}/nbd.sock")])
+    server = Server(exports, [listen_tcp("127.0.0.1", 0)])
     snapshots = Snapshots(graph, server, scratch)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
-        backups = Backups(graph, jobs, scratch, RemoteOptions(), list)
+        backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
             serving = tasks.create_task(server.run())
             export_service = Exports(graph, server, tasks, announcer, find_bitmap)

@@ -14,7 +14,15 @@ from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, Usage
 from nbdbackup.extents import ContextExtent
 from nbdbackup.monitor.context import SnapshotOptions
 from nbdbackup.monitor.services_exports import ExportRequest, ServerRequest
-from nbdbackup.monitor.services_graph import BitmapRef, InetAddress, RawNode, SocketPath
+from nbdbackup.monitor.services_graph import (
+    BitmapRef,
+    CopyBeforeWriteNode,
+    InetAddress,
+    RawNode,
+    SnapshotAccessNode,
+    SocketPath,
+)
+from nbdbackup.server.exports import Export
 from tests.support.daemon import Daemon, composed
 from tests.support.sessions import wait_until
 
@@ -28,7 +36,7 @@ def bitmaps() -> dict[tuple[str, str], DirtyBitmap]:
 
 @pytest.fixture
 async def daemon(tmp_path: Path, bitmaps: dict[tuple[str, str], DirtyBitmap]) -> AsyncIterator[Daemon]:
-    async with composed(tmp_path, lambda node, name: bitmaps.get((node, name))) as daemon:
+    async with composed(tmp_path, find_bitmap=lambda node, name: bitmaps.get((node, name))) as daemon:
         daemon.add("served", MemoryDevice(SIZE))
         daemon.graph.insert("disk", MemoryDevice(SIZE), "file", "", False)
         daemon.graph.insert("cd", MemoryDevice(SIZE), "file", "", True)
@@ -76,9 +84,19 @@ async def test_what_cannot_be_exported_changes_nothing(
 
 async def test_names_and_descriptions_may_be_as_long_as_the_protocol_lets_them(daemon: Daemon) -> None:
     await daemon.export_service.add(ExportRequest("e", "disk", name="x" * 4096, description="d" * 4096))
-    found = daemon.exports.find("x" * 4096)
-    assert found is not None
-    assert found.description == "d" * 4096
+    assert daemon.exports.get("x" * 4096).info().description == "d" * 4096
+
+
+async def test_a_disk_for_some_clients_stays_theirs_by_every_name(daemon: Daemon) -> None:
+    secret = Export("secret", daemon.graph.get("disk"), tls_only=True, authorised=("CN=a", "CN=b"))
+    daemon.exports.add(secret)
+    daemon.graph.insert("tmp", MemoryDevice(SIZE), "file", "", False)
+    await daemon.graph.add(CopyBeforeWriteNode("cbw", RawNode("name", "disk"), "tmp"))
+    await daemon.graph.add(SnapshotAccessNode("view", "cbw"))
+    for node in ("disk", "name", "cbw", "view"):
+        await daemon.export_service.add(ExportRequest(f"e-{node}", node, name=f"e-{node}"))
+        export = daemon.exports.get(f"e-{node}")
+        assert (export.tls_only, export.authorised) == (True, ("CN=a", "CN=b"))
 
 
 async def test_export_keeps_its_node(daemon: Daemon) -> None:

@@ -113,7 +113,7 @@ async def test_only_what_the_bitmap_has_is_saved(tmp_path: Path) -> None:
     def find(node: str, name: str) -> DirtyBitmap | None:
         return bitmap if (node, name) == ("disk", "b0") else None
 
-    async with composed(tmp_path, find) as daemon:
+    async with composed(tmp_path, find_bitmap=find) as daemon:
         graph = daemon.graph
         daemon.add("disk", MemoryDevice(SIZE))
         graph.insert("tmp", MemoryDevice(SIZE), "file", "", False)
@@ -188,7 +188,7 @@ async def test_nobody_else_may_write_to_a_target(daemon: Daemon) -> None:
     await daemon.graph.add(CBW)
     with pytest.raises(ConflictError, match="on node 'tmp'"):
         await daemon.export_service.add(ExportRequest("e", "tmp", writable=True))
-    assert daemon.exports.find("tmp") is None
+    assert "tmp" not in daemon.exports
     await daemon.export_service.add(ExportRequest("e", "tmp"))
     await _refuse(daemon, CopyBeforeWriteNode("second", "disk", "tmp"), "node 'cbw' .* node 'second'")
 

@@ -1,5 +1,7 @@
 """Every node of the daemon by its name, what it is made of, and what needs it."""
 
+import asyncio
+import errno
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -7,7 +9,7 @@ from dataclasses import dataclass, field
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
 from nbdbackup.block.write_through import WriteThrough
-from nbdbackup.errors import ConflictError, NotFoundError
+from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite
 from nbdbackup.server.exports import Export, ExportTable
 
@@ -127,15 +129,37 @@ class NodeTable:
             stack.push_async_callback(entry.release)
 
     async def close(self) -> None:
-        """Flush and close every node, those made of others first; nothing may be in flight.
+        """Flush and close every node; nothing may be in flight. Those that could be are gone then.
 
         Raises:
             OSError: one could not be flushed or closed; the others were none the less.
         """
-        async with AsyncExitStack() as stack:
-            for entry in self._entries.values():
-                stack.push_async_callback(entry.release)
-            self._entries.clear()
+        closing: dict[Entry, asyncio.Task[None]] = {}
+        # At once: a disk that hangs must not keep the others from being flushed. But each after its parents.
+        for entry in reversed(self._entries.values()):
+            parents = [closing[parent] for parent, _ in self.parents(entry)]
+            closing[entry] = asyncio.create_task(self._close(entry, parents))
+        outcomes = await asyncio.gather(*closing.values(), return_exceptions=True)
+        for outcome in reversed(outcomes):
+            if outcome is not None:
+                raise outcome
+
+    async def _close(self, entry: Entry, parents: "Sequence[asyncio.Task[None]]") -> None:
+        if parents:
+            await asyncio.wait(parents)
+        name = entry.node.name
+        try:
+            await entry.release()
+        except DeviceError:
+            raise
+        except OSError as error:
+            raise DeviceError(
+                error.errno or errno.EIO,
+                f"{name} could not be flushed, and what was written to it may be lost: "
+                f"{error.strerror or error}",
+            ) from error
+        # Only now: until it is flushed, it counts as open.
+        self.forget(entry)
 
 
 def exported_node(export: Export) -> Node:
