@@ -45,6 +45,7 @@ class Backups:
     async def start(self, request: BackupRequest) -> str:
         """Take the point in time and start the job; its id."""
         node = self._graph.get(request.node)
+        self._graph.check_point_in_time(node)
         options = _options(request)
         job_id = self._jobs.new_id(request.job_id)
         target = await self._open_target(node, request)

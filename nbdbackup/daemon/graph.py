@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from nbdbackup.block.device import BlockDevice
-from nbdbackup.block.node import drained
+from nbdbackup.block.node import Node, drained
 from nbdbackup.block.write_threshold import WriteThreshold
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.nodes.opening import FindBitmap, NodeOpener
 from nbdbackup.daemon.nodes.table import Entry, NodeTable
+from nbdbackup.daemon.nodes.writers import check_point_in_time
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 from nbdbackup.monitor.services_graph import (
     CopyBeforeWriteNode,
@@ -68,6 +69,10 @@ class Graph(NodeTable):
         if users or any(not isinstance(device, WriteThreshold) for device in entry.node.filters):
             raise ConflictError(f"Block device {name} is in use{': by ' + ', '.join(users) if users else ''}")
         await self.take_out(entry)
+
+    def check_point_in_time(self, node: Node) -> None:
+        """Raise ConflictError if a point in time of `node` could be written past."""
+        check_point_in_time(self, node)
 
     async def set_write_threshold(self, name: str, threshold: int) -> None:
         """Tell once that a write ends behind byte `threshold` of the node; 0: do not."""

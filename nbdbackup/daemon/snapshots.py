@@ -42,6 +42,8 @@ class Snapshots:
         name = options.name if options.name is not None else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         _check_name(name)
         found = [self._graph.get(node) for node in nodes]
+        for node in found:
+            self._graph.check_point_in_time(node)
         place = Path(options.scratch) if options.scratch is not None else None
         _check_set(nodes, place)
         export_names = [f"{node.name}@{name}" for node in found]

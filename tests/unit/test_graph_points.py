@@ -12,6 +12,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, SnapshotError, UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
+from nbdbackup.monitor.context import BackupRequest, SnapshotOptions, TargetPath
 from nbdbackup.monitor.services_exports import ExportRequest
 from nbdbackup.monitor.services_graph import (
     BitmapRef,
@@ -207,6 +208,23 @@ async def test_writing_past_a_filter_is_refused(daemon: Daemon) -> None:
     await graph.add(VIEW)
     await graph.get("part").write(0, NEW)
     assert await _read(graph, "view", 0) == OLD
+
+
+@pytest.mark.parametrize("name", ["other-name", "part"])
+async def test_snapshots_and_backups_that_could_be_written_past_are_refused(
+    daemon: Daemon, name: str, tmp_path: Path
+) -> None:
+    offset = 0 if name == "part" else None
+    await daemon.graph.add(RawNode(name, "disk", offset=offset))
+    match = f"on node 'disk': .* export 'disk' .* node '{name}'"
+    with pytest.raises(ConflictError, match=match):
+        await daemon.snapshots.create([name], SnapshotOptions(name="s1"))
+    with pytest.raises(ConflictError, match=match):
+        await daemon.backups.start(BackupRequest(name, TargetPath(str(tmp_path / "t.img"))))
+    await daemon.export_service.delete("disk", hard=False)
+    await daemon.snapshots.create([name], SnapshotOptions(name="s1"))
+    with pytest.raises(ConflictError, match="on node 'disk'"):
+        await daemon.export_service.add(ExportRequest("e", "disk", writable=True))
 
 
 @pytest.mark.parametrize("target", ["disk", "name", "part", "cbw"])

@@ -60,7 +60,16 @@ def without_new_conflicts(table: NodeTable, held: Collection[Node] = ()) -> Iter
     """
     before = conflicts(table)
     yield
-    for line in conflicts(table, held):
+    _refuse_new(before, conflicts(table, held))
+
+
+def check_point_in_time(table: NodeTable, node: Node) -> None:
+    """Raise ConflictError if somebody writes to what `node` is made of, past a filter on it."""
+    _refuse_new(conflicts(table), conflicts(table, (node,)))
+
+
+def _refuse_new(before: Collection[str], after: Collection[str]) -> None:
+    for line in after:
         if line not in before:
             raise ConflictError(line)
 
