@@ -48,6 +48,7 @@ class Daemon:
     announced: list[Event]
     """What the graph and the exports told the monitor's clients."""
     export_service: Exports
+    server: Server
 
     def add(self, name: str, device: BlockDevice, filename: str = "") -> Node:
         """Serve `device` as node and export `name`."""
@@ -91,7 +92,7 @@ async def composed(
         try:
             serving = tasks.create_task(server.run())
             export_service = Exports(graph, server, tasks, announcer, find_bitmap)
-            yield Daemon(scratch, exports, graph, snapshots, backups, jobs, announced, export_service)
+            yield Daemon(scratch, exports, graph, snapshots, backups, jobs, announced, export_service, server)
         finally:
             server.stop()
             await jobs.cancel_all()

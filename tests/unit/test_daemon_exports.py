@@ -24,6 +24,7 @@ from nbdbackup.monitor.services_graph import (
 )
 from nbdbackup.server.exports import Export
 from tests.support.daemon import Daemon, composed
+from tests.support.gated import settle
 from tests.support.sessions import wait_until
 
 SIZE = 4 << 16
@@ -125,6 +126,8 @@ async def test_export_ends_when_its_last_client_has_left(daemon: Daemon) -> None
         await exports.add(ExportRequest("e", "disk"))
     with pytest.raises(ConflictError, match="is in use: by export 'e'"):
         await daemon.graph.delete("disk")
+    await settle()
+    assert _ids(daemon) == [("served", False), ("e", True)]
     assert daemon.announced == []
     export.leave(client)
     await wait_until(lambda: _ids(daemon) == [("served", False)])
@@ -203,13 +206,14 @@ async def test_server_is_started_and_stopped_with_its_exports(daemon: Daemon, tm
     with pytest.raises(ConflictError, match="NBD server not running"):
         await exports.stop_server()
     await exports.add(ExportRequest("before", "cd"))
-    await exports.start_server(_server(path))
+    await exports.start_server(_server(path, handshake_s=0))
     with pytest.raises(ConflictError, match="NBD server already running"):
         await exports.start_server(_server(tmp_path / "third.sock"))
     await exports.add(ExportRequest("after", "disk"))
     reader, writer = await asyncio.open_unix_connection(path)
     assert (await reader.readexactly(8)) == b"NBDMAGIC"
-    await exports.stop_server()
+    async with asyncio.timeout(20):
+        await exports.stop_server()
     assert _ids(daemon) == [("served", False), ("before", False)]
     assert [event.data for event in daemon.announced] == [{"id": "after"}]
     assert not path.exists()
@@ -226,6 +230,7 @@ async def test_limits_of_one_address_are_its_own(daemon: Daemon, tmp_path: Path)
     first, second = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
     with first, second:
         loop = asyncio.get_running_loop()
+        start = loop.time()
         for sock in (first, second):
             sock.setblocking(False)
             await loop.sock_connect(sock, str(path))
@@ -233,8 +238,36 @@ async def test_limits_of_one_address_are_its_own(daemon: Daemon, tmp_path: Path)
             assert await loop.sock_recv(first, 8) == b"NBDMAGIC"
             # The first is sent away for its silence; only then is there room for the second.
             assert await loop.sock_recv(second, 8) == b"NBDMAGIC"
+            assert loop.time() - start > 0.9
             while await loop.sock_recv(first, 100):
                 pass
+
+
+async def test_stopping_ends_sessions_that_came_in_there_and_no_others(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    path = tmp_path / "more.sock"
+    await daemon.export_service.start_server(_server(path))
+    (port,) = [uri for uri in daemon.server.uris() if uri.startswith("nbd://")]
+    there = await _use_served(*await asyncio.open_unix_connection(path))
+    elsewhere = await _use_served(*await asyncio.open_connection("127.0.0.1", int(port.rpartition(":")[2])))
+    async with asyncio.timeout(20):
+        await daemon.export_service.stop_server()
+        assert await there[0].read() == b""
+    assert len(daemon.server.sessions) == 1
+    for _, writer in (there, elsewhere):
+        writer.close()
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _use_served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Streams:
+    """Negotiate as the oldest clients do: EXPORT_NAME."""
+    await reader.readexactly(18)
+    writer.write(b"\0\0\0\3" + b"IHAVEOPT" + b"\0\0\0\1" + b"\0\0\0\6" + b"served")
+    await reader.readexactly(10)
+    return reader, writer
 
 
 @pytest.mark.parametrize(

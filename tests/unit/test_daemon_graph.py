@@ -3,13 +3,15 @@
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from nbdbackup.block.memory import MemoryDevice
+from nbdbackup.block.node import Node
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.nodes.table import Child, Entry
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.monitor.context import SnapshotOptions
@@ -132,6 +134,25 @@ async def test_disk_that_hangs_at_the_end_keeps_no_other_from_being_flushed_and_
     async with asyncio.timeout(10):
         await closing
     assert list(graph) == []
+
+
+async def test_at_the_end_a_node_is_closed_after_those_made_of_it() -> None:
+    graph, closed = Graph(ExportTable()), list[str]()
+
+    def releasing(name: str) -> Callable[[], Awaitable[None]]:
+        async def release() -> None:
+            if name == "top":
+                await settle()
+            closed.append(name)
+
+        return release
+
+    below = Entry(Node("below", MemoryDevice(SIZE)), "file", "", releasing("below"))
+    top = Entry(Node("top", below.node), "raw", "", releasing("top"), (Child(below, "file"),))
+    for entry in (below, top):
+        graph.add_entry(entry)
+    await graph.close()
+    assert closed == ["top", "below"]
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
