@@ -58,6 +58,28 @@ class ChildInfo(msgspec.Struct, frozen=True, rename="kebab"):
     node_name: str = ""
 
 
+class BitmapInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """One of the `dirty-bitmaps` of a node; without a name it is a successor. Sizes are bytes."""
+
+    granularity: int
+    count: int
+    name: str | None = None
+    recording: bool = False
+    busy: bool = False
+    persistent: bool = False
+    inconsistent: bool = False
+
+
+class CheckpointInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """An entry of `x-nbdbackup-query-checkpoints`. `dirty` is in bytes."""
+
+    node: str
+    name: str
+    parent: str | None = None
+    created: str = ""
+    dirty: int = 0
+
+
 class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     """An entry of `query-named-block-nodes`."""
 
@@ -68,6 +90,7 @@ class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     image: ImageInfo = ImageInfo()
     write_threshold: int = msgspec.field(default=0, name="write_threshold")
     children: list[ChildInfo] = []
+    dirty_bitmaps: list[BitmapInfo] = []
 
 
 class ExportInfo(msgspec.Struct, frozen=True, rename="kebab"):

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.bitmap.node_bitmaps import check_usable
 from nbdbackup.block.node import Node
 from nbdbackup.block.write_through import WriteThrough
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.graph import Graph
-from nbdbackup.daemon.nodes.opening import FindBitmap, port_number
+from nbdbackup.daemon.nodes.opening import port_number
 from nbdbackup.daemon.nodes.table import Entry
 from nbdbackup.daemon.nodes.writers import without_new_conflicts
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
@@ -59,13 +60,11 @@ class Exports:
         server: Server,
         tasks: asyncio.TaskGroup,
         announcer: Announcer,
-        find_bitmap: FindBitmap | None = None,
     ) -> None:
         self._graph = graph
         self._server = server
         self._tasks = tasks
         self._announcer = announcer
-        self._find_bitmap: FindBitmap = find_bitmap or (lambda node, name: None)
         # Changing while running.
         self._added: dict[str, Added] = {}
         self._listener: Listener | None = None
@@ -209,12 +208,12 @@ class Exports:
         if isinstance(ref, BitmapRef):
             if self._graph.find(ref.node) is None:
                 raise NotFoundError(f"Node '{ref.node}' not found")
-            found = self._find_bitmap(ref.node, ref.name)
+            found = self._graph.find_bitmap(ref.node, ref.name)
             if found is None:
                 raise NotFoundError(f"Dirty bitmap '{ref.name}' not found")
             return found
         for name in _names_of(entry):
-            found = self._find_bitmap(name, ref)
+            found = self._graph.find_bitmap(name, ref)
             if found is not None:
                 return found
         raise NotFoundError(f"Bitmap '{ref}' is not found")
@@ -257,10 +256,7 @@ def _names_of(entry: Entry) -> list[str]:
 
 
 def _check_bitmap(bitmap: DirtyBitmap, request: ExportRequest, entry: Entry) -> None:
-    if bitmap.busy:
-        raise ConflictError(f"Bitmap '{bitmap}' is currently in use by another operation and cannot be used")
-    if bitmap.inconsistent:
-        raise ConflictError(f"Bitmap '{bitmap}' is inconsistent and cannot be used")
+    check_usable(bitmap)
     if not request.writable and not entry.node.read_only and bitmap.enabled:
         raise ConflictError(f"Enabled bitmap '{bitmap}' incompatible with readonly export")
     if bitmap.size != entry.node.size:

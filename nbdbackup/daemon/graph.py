@@ -8,11 +8,13 @@ from dataclasses import replace
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node, drained
 from nbdbackup.block.write_threshold import WriteThreshold
+from nbdbackup.daemon.bitmap_info import bitmap_infos
 from nbdbackup.daemon.events import Announcer
-from nbdbackup.daemon.nodes.opening import FindBitmap, NodeOpener
+from nbdbackup.daemon.nodes.opening import NodeOpener
 from nbdbackup.daemon.nodes.table import Entry, NodeTable
 from nbdbackup.daemon.nodes.writers import check_point_in_time
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.fleece.dirty_tracker import DirtyTracker
 from nbdbackup.monitor.services_graph import (
     CopyBeforeWriteNode,
     NodeDefinition,
@@ -38,13 +40,10 @@ _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 class Graph(NodeTable):
     """The nodes; implements the monitor's `GraphService`."""
 
-    def __init__(
-        self, exports: ExportTable, announcer: Announcer | None = None, find_bitmap: FindBitmap | None = None
-    ) -> None:
-        """`find_bitmap` None: there are no dirty bitmaps."""
+    def __init__(self, exports: ExportTable, announcer: Announcer | None = None) -> None:
         super().__init__(exports)
         self.announcer = announcer or Announcer()
-        self._opener = NodeOpener(self, find_bitmap or (lambda node, name: None))
+        self._opener = NodeOpener(self)
 
     def nodes(self) -> Sequence[NodeInfo]:
         """Every node, in the order they were made."""
@@ -65,8 +64,10 @@ class Graph(NodeTable):
         if entry.owner is not None:
             raise ConflictError(f"Node {name} is not owned by the monitor: it goes with '{entry.owner}'")
         users = [f"node '{parent.node.name}'" for parent, _ in self.parents(entry)] + entry.users
-        # A threshold goes with its node.
-        if users or any(not isinstance(device, WriteThreshold) for device in entry.node.filters):
+        # Bitmaps and a threshold go with their node; what uses a bitmap uses the node as well.
+        if users or any(
+            not isinstance(device, DirtyTracker | WriteThreshold) for device in entry.node.filters
+        ):
             raise ConflictError(f"Block device {name} is in use{': by ' + ', '.join(users) if users else ''}")
         await self.take_out(entry)
 
@@ -127,6 +128,7 @@ class Graph(NodeTable):
             threshold[0] if threshold else 0,
             tuple((child.role, child.entry.node.name) for child in entry.children),
             self._info(entry.children[0].entry) if entry.filter is not None else None,
+            bitmap_infos(entry.bitmaps),
         )
 
 
@@ -139,7 +141,7 @@ def _check_name(name: str) -> None:
 
 def refuse_same_file(source: BlockDevice, path: str) -> None:
     """Raises UsageError if `path` is the file or block device that `source` is made of."""
-    fd = source.offload_fd()
+    fd = _bottom(source).offload_fd()
     if fd is None:
         return
     try:
@@ -163,5 +165,9 @@ def is_same_server(uri: str, own: str) -> bool:
 
 
 def _allocated(device: BlockDevice) -> int | None:
-    fd = device.offload_fd()
+    fd = _bottom(device).offload_fd()
     return None if fd is None else os.fstat(fd).st_blocks * BLOCK_BYTES
+
+
+def _bottom(device: BlockDevice) -> BlockDevice:
+    return device.bottom if isinstance(device, Node) else device

@@ -7,6 +7,7 @@ from nbdbackup.errors import UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
+from nbdbackup.monitor.commands_bitmaps import bitmap_info
 from nbdbackup.monitor.context import BackupRequest, Services, TargetNode
 from nbdbackup.monitor.node_options import BlockdevOptions, definition
 from nbdbackup.monitor.schema import Arguments
@@ -76,6 +77,9 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
     children: dict[str, Json] = {}
     if node.children:
         children["children"] = [{"child": role, "node-name": name} for role, name in node.children]
+    bitmaps: dict[str, Json] = {}
+    if node.bitmaps:
+        bitmaps["dirty-bitmaps"] = [bitmap_info(info) for info in node.bitmaps]
     return {
         "node-name": node.name,
         "drv": node.driver,
@@ -89,6 +93,7 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
         "cache": {"writeback": True, "direct": False, "no-flush": False},
         **throttle,
         **children,
+        **bitmaps,
     }
 
 

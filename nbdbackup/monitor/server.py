@@ -21,7 +21,9 @@ from pathlib import Path
 from nbdbackup.errors import ConflictError, UsageError
 from nbdbackup.job.events import Event, Json
 from nbdbackup.monitor import (
+    commands_bitmaps,
     commands_block,
+    commands_checkpoints,
     commands_core,
     commands_exports,
     commands_jobs,
@@ -38,7 +40,9 @@ __all__ = ["MonitorServer", "monitor"]
 logger = logging.getLogger(__name__)
 
 COMMAND_MODULES = (
+    commands_bitmaps,
     commands_block,
+    commands_checkpoints,
     commands_core,
     commands_exports,
     commands_jobs,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
+from nbdbackup.monitor.services_bitmaps import BitmapInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class NodeInfo:
     """(role, name of the node)."""
     backing: "NodeInfo | None" = None
     """Of a filter: what it filters."""
+    bitmaps: Sequence[BitmapInfo] = ()
 
 
 class GraphService(Protocol):

@@ -35,6 +35,8 @@ class Export:
     """Shown to clients with TLS alone; so is every snapshot of it."""
     authorised: tuple[PeerName, ...] | None = None
     """Shown to these alone, and so is every snapshot of it; None: to whoever comes in."""
+    all_bitmaps: bool = False
+    """Every dirty bitmap of the node is a meta context of it, as they come and go."""
     id: str = ""
     """What QMP calls it; "": as its name."""
     clients: set[Client] = field(default_factory=set)

@@ -18,10 +18,11 @@ from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.bitmaps import Bitmaps
+from nbdbackup.daemon.checkpoints import Checkpoints
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
-from nbdbackup.daemon.nodes.opening import FindBitmap
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
@@ -49,11 +50,13 @@ class Daemon:
     """What the graph and the exports told the monitor's clients."""
     export_service: Exports
     server: Server
+    bitmaps: Bitmaps
+    checkpoints: Checkpoints
 
     def add(self, name: str, device: BlockDevice, filename: str = "") -> Node:
         """Serve `device` as node and export `name`."""
         node = self.graph.insert(name, device, "raw", filename, False)
-        self.exports.add(Export(name, node))
+        self.exports.add(Export(name, node, all_bitmaps=True))
         return node
 
     def add_file(self, name: str, path: Path, content: bytes) -> Node:
@@ -71,9 +74,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(
-    directory: Path, remote: RemoteOptions | None = None, find_bitmap: FindBitmap | None = None
-) -> AsyncIterator[Daemon]:
+async def composed(directory: Path, remote: RemoteOptions | None = None) -> AsyncIterator[Daemon]:
     """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does.
 
     `remote`: of its targets.
@@ -83,16 +84,29 @@ async def composed(
     exports = ExportTable()
     announcer, announced = Announcer(), list[Event]()
     announcer.subscribe(announced.append)
-    graph = Graph(exports, announcer, find_bitmap)
+    graph = Graph(exports, announcer)
+    bitmaps = Bitmaps(graph, exports)
     server = Server(exports, [listen_tcp("127.0.0.1", 0)])
     snapshots = Snapshots(graph, server, scratch)
+    checkpoints = Checkpoints(bitmaps, snapshots)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
             serving = tasks.create_task(server.run())
-            export_service = Exports(graph, server, tasks, announcer, find_bitmap)
-            yield Daemon(scratch, exports, graph, snapshots, backups, jobs, announced, export_service, server)
+            yield Daemon(
+                scratch,
+                exports,
+                graph,
+                snapshots,
+                backups,
+                jobs,
+                announced,
+                Exports(graph, server, tasks, announcer),
+                server,
+                bitmaps,
+                checkpoints,
+            )
         finally:
             server.stop()
             await jobs.cancel_all()

@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nbdbackup.daemon.transaction import Transactions
+from nbdbackup.daemon.transaction import Action, Transactions
 from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import (
     BackupRequest,
     Services,
-    SnapshotInfo,
-    SnapshotOptions,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
+from nbdbackup.monitor.services_bitmaps import BitmapChange
 from nbdbackup.monitor.services_exports import ExportInfo, ExportRequest, ServerRequest
 from nbdbackup.monitor.services_graph import NodeDefinition, NodeInfo
+from nbdbackup.monitor.services_snapshots import CheckpointInfo, SnapshotInfo, SnapshotOptions
+from nbdbackup.monitor.steps import Step
 from tests.support.jobs import WAIT_S_MAX, ScriptedJob
 
 CREATED = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
@@ -30,6 +31,7 @@ CREATED = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
 class FakeSnapshots:
     taken: list[tuple[list[str], SnapshotOptions]] = field(default_factory=list)
     infos: list[SnapshotInfo] = field(default_factory=list)
+    drops_pulled: list[bool] = field(default_factory=list)
 
     async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
         self.taken.append((list(nodes), options))
@@ -51,7 +53,8 @@ class FakeSnapshots:
         self.infos += made
         return made
 
-    async def drop(self, exports: Sequence[str]) -> None:
+    async def drop(self, exports: Sequence[str], *, pulled: bool = False) -> None:
+        self.drops_pulled.append(pulled)
         for export in exports:
             if export not in [info.export for info in self.infos]:
                 raise NotFoundError(f"No snapshot is called '{export}'")
@@ -132,6 +135,34 @@ class FakeExports:
         self.asked.append(None)
 
 
+@dataclass
+class FakeBitmaps:
+    changes: list[BitmapChange] = field(default_factory=list)
+
+    def action(self, change: BitmapChange) -> Step:
+        self.changes.append(change)
+        return Action()
+
+
+@dataclass
+class FakeCheckpoints:
+    """Those of `infos`; what it creates is a snapshot."""
+
+    snapshots: FakeSnapshots
+    infos: list[CheckpointInfo] = field(default_factory=list)
+    deleted: list[tuple[list[str], str]] = field(default_factory=list)
+
+    async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
+        return await self.snapshots.create(nodes, options)
+
+    async def delete(self, nodes: Sequence[str], name: str) -> Sequence[CheckpointInfo]:
+        self.deleted.append((list(nodes), name))
+        return [info for info in self.infos if info.name == name]
+
+    def list(self) -> Sequence[CheckpointInfo]:
+        return self.infos
+
+
 class QmpClient:
     """Sends bytes or messages; gives back every message, events and answers apart."""
 
@@ -204,6 +235,8 @@ class Bench:
     graph: FakeGraph
     exports: FakeExports
     shutdown: asyncio.Event
+    bitmaps: FakeBitmaps
+    checkpoints: FakeCheckpoints
 
     @asynccontextmanager
     async def connected(self, negotiate: bool = True) -> AsyncIterator[QmpClient]:
@@ -233,9 +266,22 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
         snapshots, backups, graph = FakeSnapshots(), FakeBackups(jobs), FakeGraph()
         exports = FakeExports()
         shutdown = asyncio.Event()
-        services = Services(jobs, snapshots, backups, graph, Transactions(), shutdown.set, exports)
+        bitmaps, checkpoints = FakeBitmaps(), FakeCheckpoints(snapshots)
+        services = Services(
+            jobs,
+            snapshots,
+            backups,
+            graph,
+            Transactions(),
+            shutdown.set,
+            exports=exports,
+            bitmaps=bitmaps,
+            checkpoints=checkpoints,
+        )
         async with monitor(path, services) as server:
             try:
-                yield Bench(path, server, jobs, snapshots, backups, graph, exports, shutdown)
+                yield Bench(
+                    path, server, jobs, snapshots, backups, graph, exports, shutdown, bitmaps, checkpoints
+                )
             finally:
                 await jobs.cancel_all()

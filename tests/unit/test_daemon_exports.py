@@ -12,7 +12,6 @@ from nbdbackup.block.device import ReadableBuffer
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.extents import ContextExtent
-from nbdbackup.monitor.context import SnapshotOptions
 from nbdbackup.monitor.services_exports import ExportRequest, ServerRequest
 from nbdbackup.monitor.services_graph import (
     BitmapRef,
@@ -22,6 +21,7 @@ from nbdbackup.monitor.services_graph import (
     SnapshotAccessNode,
     SocketPath,
 )
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from nbdbackup.server.exports import Export
 from tests.support.daemon import Daemon, composed
 from tests.support.gated import settle
@@ -31,17 +31,20 @@ SIZE = 4 << 16
 
 
 @pytest.fixture
-def bitmaps() -> dict[tuple[str, str], DirtyBitmap]:
-    return {("disk", "b0"): DirtyBitmap("b0", SIZE, 1 << 16)}
-
-
-@pytest.fixture
-async def daemon(tmp_path: Path, bitmaps: dict[tuple[str, str], DirtyBitmap]) -> AsyncIterator[Daemon]:
-    async with composed(tmp_path, find_bitmap=lambda node, name: bitmaps.get((node, name))) as daemon:
+async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
+    async with composed(tmp_path) as daemon:
         daemon.add("served", MemoryDevice(SIZE))
         daemon.graph.insert("disk", MemoryDevice(SIZE), "file", "", False)
         daemon.graph.insert("cd", MemoryDevice(SIZE), "file", "", True)
         yield daemon
+
+
+@pytest.fixture(autouse=True)
+def bitmap(daemon: Daemon) -> DirtyBitmap:
+    """b0 of disk."""
+    bitmap = DirtyBitmap("b0", SIZE, 1 << 16)
+    daemon.graph.entry("disk").bitmaps.add(bitmap)
+    return bitmap
 
 
 class Client:
@@ -165,10 +168,7 @@ async def test_writethrough_makes_each_write_durable(daemon: Daemon) -> None:
     assert (device.fuas, bytes(device.data[:1])) == ([True], b"x")
 
 
-async def test_exported_bitmap_is_busy_until_the_export_ends(
-    daemon: Daemon, bitmaps: dict[tuple[str, str], DirtyBitmap]
-) -> None:
-    bitmap = bitmaps["disk", "b0"]
+async def test_exported_bitmap_is_busy_until_the_export_ends(daemon: Daemon, bitmap: DirtyBitmap) -> None:
     bitmap.mark(1 << 16, 1)
     await daemon.graph.add(RawNode("name", "disk"))
     await daemon.export_service.add(ExportRequest("e", "name", writable=True, bitmaps=("b0",)))
@@ -186,12 +186,10 @@ async def test_exported_bitmap_is_busy_until_the_export_ends(
     await daemon.export_service.add(ExportRequest("e", "disk", bitmaps=(BitmapRef("disk", "b0"),)))
 
 
-async def test_bitmap_named_twice_is_free_after_the_refusal(
-    daemon: Daemon, bitmaps: dict[tuple[str, str], DirtyBitmap]
-) -> None:
+async def test_bitmap_named_twice_is_free_after_the_refusal(daemon: Daemon, bitmap: DirtyBitmap) -> None:
     with pytest.raises(ConflictError, match="currently in use"):
         await daemon.export_service.add(ExportRequest("e", "disk", writable=True, bitmaps=("b0", "b0")))
-    assert not bitmaps["disk", "b0"].busy
+    assert not bitmap.busy
 
 
 # The address besides.

@@ -14,8 +14,8 @@ from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.nodes.table import Child, Entry
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
-from nbdbackup.monitor.context import SnapshotOptions
 from nbdbackup.monitor.services_graph import FileNode, RawNode
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from nbdbackup.server.exports import ExportTable
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.faults import FaultyDevice

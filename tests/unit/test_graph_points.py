@@ -12,7 +12,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, SnapshotError, UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
-from nbdbackup.monitor.context import BackupRequest, SnapshotOptions, TargetPath
+from nbdbackup.monitor.context import BackupRequest, TargetPath
 from nbdbackup.monitor.services_exports import ExportRequest
 from nbdbackup.monitor.services_graph import (
     BitmapRef,
@@ -22,6 +22,7 @@ from nbdbackup.monitor.services_graph import (
     RawNode,
     SnapshotAccessNode,
 )
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from nbdbackup.server.exports import Export, ExportTable
 from tests.support.daemon import Daemon, composed
 from tests.support.faults import FaultyDevice
@@ -111,12 +112,10 @@ async def test_only_what_the_bitmap_has_is_saved(tmp_path: Path) -> None:
     bitmap = DirtyBitmap("b0", SIZE, CLUSTER)
     bitmap.mark(CLUSTER, 1)
 
-    def find(node: str, name: str) -> DirtyBitmap | None:
-        return bitmap if (node, name) == ("disk", "b0") else None
-
-    async with composed(tmp_path, find_bitmap=find) as daemon:
+    async with composed(tmp_path) as daemon:
         graph = daemon.graph
         daemon.add("disk", MemoryDevice(SIZE))
+        graph.entry("disk").bitmaps.add(bitmap)
         graph.insert("tmp", MemoryDevice(SIZE), "file", "", False)
         await graph.add(CopyBeforeWriteNode("cbw", "disk", "tmp", BitmapRef("disk", "b0")))
         await graph.add(VIEW)

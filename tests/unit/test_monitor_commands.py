@@ -8,7 +8,6 @@ from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.context import (
     BackupRequest,
-    SnapshotOptions,
     TargetNode,
     TargetPath,
 )
@@ -23,6 +22,7 @@ from nbdbackup.monitor.services_graph import (
     SnapshotAccessNode,
     SocketPath,
 )
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from tests.support.monitor import bench
 
 SNAPSHOT = {
@@ -37,6 +37,7 @@ SNAPSHOT = {
     "scratch-max": None,
     "state": "ok",
     "cause": None,
+    "bitmap": None,
 }
 
 

@@ -7,7 +7,6 @@ order: first the file below, then the node's own name, then the rest.
 import errno
 import logging
 import socket
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
@@ -47,16 +46,12 @@ PORT_MAX = 65535
 CLUSTER_BYTES_MAX = 64 << 20
 _NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
-FindBitmap = Callable[[str, str], DirtyBitmap | None]
-"""The bitmap of a node by the names of both, or None."""
-
 
 class NodeOpener:
     """Opens nodes into `table`."""
 
-    def __init__(self, table: NodeTable, find_bitmap: FindBitmap) -> None:
+    def __init__(self, table: NodeTable) -> None:
         self._table = table
-        self._find_bitmap = find_bitmap
 
     async def open(self, definition: NodeDefinition, owner: str | None = None) -> Entry:
         """Make the node; `owner` is the one that it is defined inside of.
@@ -168,7 +163,7 @@ class NodeOpener:
         ref = definition.bitmap
         if ref is None:
             return None
-        found = self._find_bitmap(ref.node, ref.name)
+        found = self._table.find_bitmap(ref.node, ref.name)
         if found is None:
             raise NotFoundError(f"Dirty bitmap '{ref.name}' not found")
         if found.inconsistent:

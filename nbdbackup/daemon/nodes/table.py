@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.bitmap.node_bitmaps import NodeBitmaps
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
 from nbdbackup.block.write_through import WriteThrough
@@ -38,6 +40,10 @@ class Entry:
     """Of a copy-before-write node."""
     users: list[str] = field(default_factory=list)
     is_leaving: bool = False
+    bitmaps: NodeBitmaps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bitmaps = NodeBitmaps(self.node.name, self.node.size)
 
     def reaches(self, other: "Entry") -> bool:
         """Whether what is written here can arrive at `other`."""
@@ -77,6 +83,11 @@ class NodeTable:
     def find(self, name: str) -> Entry | None:
         """As `entry`; None if there is none."""
         return self._entries.get(name)
+
+    def find_bitmap(self, node: str, name: str) -> DirtyBitmap | None:
+        """The dirty bitmap `name` of the node called `node`, if there are both."""
+        entry = self.find(node)
+        return None if entry is None else entry.bitmaps.find(name)
 
     def new_name(self) -> str:
         """A name for a node that was given none."""
