@@ -256,9 +256,9 @@ def _names_of(entry: Entry) -> list[str]:
 
 
 def _check_bitmap(bitmap: DirtyBitmap, request: ExportRequest, entry: Entry) -> None:
-    check_usable(bitmap)
     if not request.writable and not entry.node.read_only and bitmap.enabled:
         raise ConflictError(f"Enabled bitmap '{bitmap}' incompatible with readonly export")
+    check_usable(bitmap)
     if bitmap.size != entry.node.size:
         raise UsageError(f"Bitmap '{bitmap}' and node '{entry.node.name}' have different sizes")
 

@@ -349,3 +349,53 @@ async def test_a_served_disk_is_fleeced_without_disconnecting_anybody(
         side.io("disk", f"write -P 2 0 {MIB}")
         side.io("access", f"read -P 1 0 {MIB}")
         assert all(line.endswith("{}") for line in side.history), side.history
+
+
+async def test_image_fleecing_of_what_a_bitmap_has_as_in_qemu(sides: list[Side]) -> None:
+    for side in sides:
+        await _add_files(side, "disk", "tmp")
+        await side.start_server()
+        await side.run("block-dirty-bitmap-add", node="disk", name="b0")
+        await side.run("block-export-add", type="nbd", id="prepare", node_name="disk", writable=True)
+        side.io("disk", *(f"write -P {value} {start} {PIECE}" for value, start in PATTERNS[:2]))
+        await side.run("block-export-del", id="prepare", mode="hard")
+        of: Json = {"node": "disk", "name": "b0"}
+        cbw: dict[str, Json] = {"driver": "copy-before-write", "file": "disk", "target": "tmp", "bitmap": of}
+        await side.run("blockdev-add", node_name="cbw", **cbw)
+        await side.run("blockdev-add", driver="snapshot-access", node_name="access", file="cbw")
+        await side.run("block-export-add", type="nbd", id="live", node_name="cbw", writable=True)
+        await side.run("block-export-add", type="nbd", id="access", node_name="access")
+        side.io("cbw", f"write -P 1 0 {2 * MIB}")
+        side.io("access", *(f"read -P {value} {start} {PIECE}" for value, start in PATTERNS[:2]))
+        # The clusters beside them are no part of the point in time.
+        side.io("access", f"read {PIECE} {PIECE}", status=1)
+        await side.run("nbd-server-stop")
+    ours, theirs = (_events_apart(side.history) for side in sides)
+    assert ours == theirs
+
+
+async def test_exported_bitmaps_are_as_in_qemu(sides: list[Side]) -> None:
+    maps: list[str] = []
+    for side in sides:
+        await _add_files(side, "disk")
+        await side.start_server()
+        await side.run("block-dirty-bitmap-add", node="disk", name="b0")
+        await side.run("block-export-add", type="nbd", id="e", node_name="disk", bitmaps=["b0"])
+        await side.run(
+            "block-export-add", type="nbd", id="e", node_name="disk", bitmaps=["b0"], writable=True
+        )
+        await side.run("block-export-add", type="nbd", id="f", node_name="disk", name="f", bitmaps=["b0"])
+        for command in ("remove", "clear", "disable"):
+            await side.run(f"block-dirty-bitmap-{command}", node="disk", name="b0")
+        side.io("disk", f"write -P 1 {MIB} 512", f"write -z {4 * MIB} {MIB}")
+        uri = f"nbd+unix:///disk?socket={side.nbd}"
+        words = [require("nbdinfo"), "--map=qemu:dirty-bitmap:b0", uri]
+        result = await asyncio.to_thread(
+            subprocess.run, words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=QEMU_IO_S
+        )
+        maps.append(result.stdout)
+        await side.run("block-export-del", id="e", mode="hard")
+        await side.run("block-dirty-bitmap-remove", node="disk", name="b0")
+    ours, theirs = (_events_apart(side.history) for side in sides)
+    assert ours == theirs
+    assert maps[0] == maps[1] != ""
