@@ -79,11 +79,14 @@ async def _info(options: NodeOptions, name: str) -> int:
         "driver": node.drv,
         "size": f"{format_size(node.image.virtual_size)} ({node.image.virtual_size} bytes)",
         "mode": _mode(node),
+        "made of": " ".join(f"{child.node_name} ({child.child})" for child in node.children),
+        "threshold": format_size(node.write_threshold) if node.write_threshold else "",
         "exports": " ".join(export.id for export in exports if export.node_name == name) or "none",
         "snapshots": " ".join(snapshot.export for snapshot in snapshots if snapshot.node == name) or "none",
     }
     for key, value in lines.items():
-        print(f"{key + ':':<11}{value}")
+        if value:
+            print(f"{key + ':':<11}{value}")
     return ExitStatus.DONE
 
 

@@ -52,6 +52,13 @@ class ImageInfo(msgspec.Struct, frozen=True, rename="kebab"):
     virtual_size: int = 0
 
 
+class ChildInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """A node that another one is made of."""
+
+    child: str = ""
+    node_name: str = ""
+
+
 class BitmapInfo(msgspec.Struct, frozen=True, rename="kebab"):
     """One of the `dirty-bitmaps` of a node; without a name it is a successor. Sizes are bytes."""
 
@@ -83,6 +90,8 @@ class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     file: str = ""
     ro: bool = False
     image: ImageInfo = ImageInfo()
+    write_threshold: int = msgspec.field(default=0, name="write_threshold")
+    children: list[ChildInfo] = []
     dirty_bitmaps: list[BitmapInfo] = []
 
 

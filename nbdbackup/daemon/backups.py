@@ -48,9 +48,6 @@ NODE_NAME_CHARACTERS_MAX = 31
 
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 
-FindBitmap = Callable[[Node, str], DirtyBitmap | None]
-"""The bitmap of a node by its name, or None."""
-
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -61,7 +58,6 @@ class Surroundings:
     scratch_directory: Path
     remote: RemoteOptions
     own_uris: Callable[[], Sequence[str]]
-    find_bitmap: FindBitmap
 
 
 class Backups:
@@ -74,10 +70,9 @@ class Backups:
         scratch_directory: Path,
         remote: RemoteOptions,
         own_uris: Callable[[], Sequence[str]],
-        find_bitmap: FindBitmap = lambda node, name: None,
     ) -> None:
         """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on."""
-        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris, find_bitmap)
+        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris)
 
     def action(self, request: BackupRequest) -> "BackupAction":
         """The step of a transaction that starts the backup."""
@@ -190,6 +185,8 @@ class BackupAction(Action):
 
     def commit(self) -> None:
         self._is_committed = True
+        if self._snapshot is not None:
+            self._in.graph.announcer.watch(self._snapshot)
         self._in.jobs.start(self.job)
         logger.info("%s: backup of %s to %s started", self.job.id, self._node, self.job.target.device)
 
@@ -220,6 +217,7 @@ class BackupAction(Action):
         """Refuse whatever there is to refuse, and change nothing; the bitmap that is to be used."""
         bitmap = self._bitmap()
         entry, request = self._target_entry, self._request
+        self._in.graph.check_point_in_time(self._node)
         if entry is not None and self._is_source(entry):
             raise UsageError("Source and target cannot be the same")
         if request.compress:
@@ -238,7 +236,7 @@ class BackupAction(Action):
     def _bitmap(self) -> DirtyBitmap | None:
         bitmap = None
         if self._sync.bitmap is not None:
-            bitmap = self._in.find_bitmap(self._node, self._sync.bitmap)
+            bitmap = self._in.graph.find_bitmap(self._node.name, self._sync.bitmap)
             if bitmap is None:
                 raise NotFoundError(f"Bitmap '{self._sync.bitmap}' could not be found")
         self._sync.check_bitmap(bitmap)

@@ -1,185 +1,123 @@
-"""Every node of the daemon by its name, and what each is used for."""
+"""The graph as the monitor's commands see it: nodes are added, listed and deleted by name."""
 
-import asyncio
-import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from nbdbackup.bitmap.dirty import DirtyBitmap
-from nbdbackup.bitmap.node_bitmaps import NodeBitmaps
 from nbdbackup.block.device import BlockDevice
-from nbdbackup.block.node import Node
-from nbdbackup.block.open import open_device
+from nbdbackup.block.node import Node, drained
+from nbdbackup.block.write_threshold import WriteThreshold
 from nbdbackup.daemon.bitmap_info import bitmap_infos
-from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, UsageError
+from nbdbackup.daemon.events import Announcer
+from nbdbackup.daemon.nodes.opening import NodeOpener
+from nbdbackup.daemon.nodes.table import Entry, NodeTable
+from nbdbackup.daemon.nodes.writers import check_point_in_time
+from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
-from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode
+from nbdbackup.monitor.services_graph import (
+    CopyBeforeWriteNode,
+    NodeDefinition,
+    NodeInfo,
+    NodeRef,
+    RawNode,
+    SnapshotAccessNode,
+)
 from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.server.exports import ExportTable
+
+__all__ = ["Entry", "Graph", "is_same_server", "refuse_same_file"]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 BLOCK_BYTES = 512
 """The unit of `st_blocks`."""
+NAME_CHARACTERS_MAX = 31
+"""QEMU's; a new node with a longer name is refused, so that scripts work with both."""
+_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A node and where it came from. `users` changes while running: who needs it, in words."""
-
-    node: Node
-    driver: str
-    filename: str
-    child: str | None = None
-    users: list[str] = field(default_factory=list)
-    bitmaps: NodeBitmaps = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.bitmaps = NodeBitmaps(self.node.name, self.node.size)
-
-
-class NodeWatcher(Protocol):
-    """Whoever keeps something of nodes that outlives them."""
-
-    async def load(self, entry: Entry) -> None:
-        """The node is new, and nobody can use it yet.
-
-        Raises:
-            NbdBackupError, OSError: it cannot be had.
-        """
-
-    async def release(self, entry: Entry) -> None:
-        """The node goes, and nothing uses it any more. Must not fail."""
-
-
-class Graph:
+class Graph(NodeTable):
     """The nodes; implements the monitor's `GraphService`."""
 
-    def __init__(self, exports: ExportTable) -> None:
-        self._exports = exports
-        self.watcher: NodeWatcher | None = None
-        """Is told of nodes that come and go by command."""
-        self._entries: dict[str, Entry] = {}
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter([entry.node for entry in self._entries.values()])
-
-    def get(self, name: str) -> Node:
-        """The node called `name`.
-
-        Raises:
-            NotFoundError: there is none.
-        """
-        return self.entry(name).node
-
-    def entry(self, name: str) -> Entry:
-        """As `get`, with what else is known of it."""
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise NotFoundError(f"Cannot find device='{name}' nor node-name='{name}'") from None
-
-    def find_bitmap(self, node: Node, name: str) -> DirtyBitmap | None:
-        """The bitmap of `node` that is called `name`, if there is one."""
-        return self.entry(node.name).bitmaps.find(name)
-
-    def insert(self, name: str, device: BlockDevice, driver: str, filename: str, read_only: bool) -> Node:
-        """Make the node `name` of `device`, which is the graph's to close from now on."""
-        self.check_free(name)
-        node = Node(name, device, read_only)
-        self._entries[name] = Entry(node, driver, filename)
-        return node
-
-    def check_free(self, name: str) -> None:
-        """Raises ConflictError if there is a node called `name`."""
-        if name in self._entries:
-            raise ConflictError(f"Duplicate nodes with node-name='{name}'")
-
-    # GraphService.
+    def __init__(self, exports: ExportTable, announcer: Announcer | None = None) -> None:
+        super().__init__(exports)
+        self.announcer = announcer or Announcer()
+        self._opener = NodeOpener(self)
 
     def nodes(self) -> Sequence[NodeInfo]:
         """Every node, in the order they were made."""
-        return [self._info(entry) for entry in self._entries.values()]
+        return [self._info(entry) for entry in self.entries()]
 
-    def exports(self) -> Sequence[ExportInfo]:
-        """Every export."""
-        return [ExportInfo(export.name, export.node.name) for export in self._exports]
-
-    async def add(self, node: FileNode | RawNode) -> None:
+    async def add(self, node: NodeDefinition) -> None:
         """Open a node."""
-        self.check_free(node.name)
-        if isinstance(node, RawNode):
-            child = self.entry(node.child)
-            self.insert(node.name, child.node, "raw", child.filename, node.read_only)
-            self._entries[node.name].child = node.child
-            child.users.append(f"node '{node.name}'")
-            await self._load(node.name)
-            return
-        device = await open_device(node.filename, "raw", read_only=node.read_only, discard=node.unmap)
-        try:
-            self.insert(node.name, device, node.driver, node.filename, node.read_only)
-        except BaseException:
-            await device.close()
-            raise
-        await self._load(node.name)
-
-    async def _load(self, name: str) -> None:
-        if self.watcher is None:
-            return
-        try:
-            await self.watcher.load(self._entries[name])
-        except BaseException:
-            await self.delete(name)
-            raise
+        await self._opener.open(self._named(node))
 
     async def delete(self, name: str) -> None:
         """Close the node `name`, which nothing may use."""
-        if name not in self._entries:
+        entry = self.find(name)
+        if entry is None or entry.is_leaving:
             raise NotFoundError(f"Failed to find node with node-name='{name}'")
-        entry = self.entry(name)
-        users = entry.users + [f"export '{e.name}'" for e in self._exports if e.node is entry.node]
-        # Bitmaps go with their node; what uses one of them uses the node as well.
-        if users or any(not isinstance(device, DirtyTracker) for device in entry.node.filters):
-            raise ConflictError(f"Node {name} is in use{': by ' + ', '.join(users) if users else ''}")
-        del self._entries[name]
-        if self.watcher is not None:
-            await self.watcher.release(entry)
-        if entry.child is not None:
-            self.entry(entry.child).users.remove(f"node '{name}'")
-        else:
-            await entry.node.root.close()
+        exports = [f"export '{export.name}'" for export in self.exports_of(entry)]
+        if exports:
+            raise ConflictError(f"Node {name} is in use: by {', '.join(exports)}")
+        if entry.owner is not None:
+            raise ConflictError(f"Node {name} is not owned by the monitor: it goes with '{entry.owner}'")
+        users = [f"node '{parent.node.name}'" for parent, _ in self.parents(entry)] + entry.users
+        # Bitmaps and a threshold go with their node; what uses a bitmap uses the node as well.
+        if users or any(
+            not isinstance(device, DirtyTracker | WriteThreshold) for device in entry.node.filters
+        ):
+            raise ConflictError(f"Block device {name} is in use{': by ' + ', '.join(users) if users else ''}")
+        await self.take_out(entry)
 
-    async def close(self) -> None:
-        """Flush and close every node; nothing may be in flight. Those that could be are gone then.
+    def check_point_in_time(self, node: Node) -> None:
+        """Raise ConflictError if a point in time of `node` could be written past."""
+        check_point_in_time(self, node)
 
-        Raises:
-            OSError: one could not be flushed or closed; the others were none the less.
-        """
-        # At once: a disk that hangs must not keep the others from being flushed.
-        closing = [self._close(name, entry) for name, entry in self._entries.items()]
-        for outcome in await asyncio.gather(*closing, return_exceptions=True):
-            if outcome is not None:
-                raise outcome
+    async def set_write_threshold(self, name: str, threshold: int) -> None:
+        """Tell once that a write ends behind byte `threshold` of the node; 0: do not."""
+        entry = self.find(name)
+        if entry is None or entry.is_leaving:
+            raise NotFoundError(f"Device '{name}' not found")
+        node = entry.node
+        async with drained(node):
+            for device in node.filters:
+                if isinstance(device, WriteThreshold):
+                    node.remove(device)
+            if threshold and not entry.is_leaving:
+                node.push(WriteThreshold(node.child, threshold, self._announce_threshold(name)))
 
-    async def _close(self, name: str, entry: Entry) -> None:
-        try:
-            if entry.child is None:
-                await _flush_and_close(entry.node.root)
-        except DeviceError:
-            raise
-        except OSError as error:
-            raise DeviceError(
-                error.errno or errno.EIO,
-                f"{name} could not be flushed, and what was written to it may be lost: "
-                f"{error.strerror or error}",
-            ) from error
-        # Only now: until it is flushed, it counts as open.
-        del self._entries[name]
+    def _announce_threshold(self, name: str) -> Callable[[int, int], None]:
+        def announce(amount: int, threshold: int) -> None:
+            self.announcer.threshold_exceeded(name, amount, threshold)
+
+        return announce
+
+    def _named(self, node: NodeDefinition) -> NodeDefinition:
+        """`node` with names for what was defined inside of it without one."""
+        _check_name(node.name)
+        match node:
+            case RawNode(child=child):
+                return replace(node, child=self._named_ref(child))
+            case CopyBeforeWriteNode(file=file, target=target):
+                return replace(node, file=self._named_ref(file), target=self._named_ref(target))
+            case SnapshotAccessNode(file=file):
+                return replace(node, file=self._named_ref(file))
+            case _:
+                return node
+
+    def _named_ref(self, ref: NodeRef) -> NodeRef:
+        if isinstance(ref, str):
+            return ref
+        if ref.name:
+            return self._named(ref)
+        name = self.new_name()
+        return replace(self._named(replace(ref, name="unnamed")), name=name)
 
     def _info(self, entry: Entry) -> NodeInfo:
         node = entry.node
+        threshold = [device.threshold for device in node.filters if isinstance(device, WriteThreshold)]
         return NodeInfo(
             node.name,
             entry.driver,
@@ -187,16 +125,18 @@ class Graph:
             node.size,
             node.read_only,
             _allocated(node.root),
+            threshold[0] if threshold else 0,
+            tuple((child.role, child.entry.node.name) for child in entry.children),
+            self._info(entry.children[0].entry) if entry.filter is not None else None,
             bitmap_infos(entry.bitmaps),
         )
 
 
-async def _flush_and_close(device: BlockDevice) -> None:
-    try:
-        if not device.read_only:
-            await device.flush()
-    finally:
-        await device.close()
+def _check_name(name: str) -> None:
+    if not _WELL_FORMED.fullmatch(name):
+        raise UsageError(f"Invalid node-name: '{name}'")
+    if len(name) > NAME_CHARACTERS_MAX:
+        raise UsageError("Node name too long")
 
 
 def refuse_same_file(source: BlockDevice, path: str) -> None:

@@ -16,6 +16,8 @@ from nbdbackup.daemon.backups import Backups
 from nbdbackup.daemon.bitmaps import Bitmaps
 from nbdbackup.daemon.checkpoints import Checkpoints
 from nbdbackup.daemon.ending import Ending
+from nbdbackup.daemon.events import Announcer
+from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
@@ -78,7 +80,8 @@ async def serve(options: ServeOptions) -> int:
         stack.callback(state.close)
         tls = server_tls(options)
         exports = ExportTable()
-        graph = Graph(exports)
+        announcer = Announcer()
+        graph = Graph(exports, announcer)
         leftovers = [path for path in (options.control, options.pid_file) if path is not None]
         ending = Ending(options.stop_timeout_s, graph, leftovers)
         stack.callback(ending.close)
@@ -88,7 +91,7 @@ async def serve(options: ServeOptions) -> int:
         server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
         warn_if_open(server.listeners, options)
         try:
-            return await _run(options, stack, state, graph, server, ending)
+            return await _run(options, stack, state, graph, server, announcer, ending)
         except ExceptionGroup as group:
             failure = failure_in(group)
             if failure is None:
@@ -104,6 +107,7 @@ async def _run(
     state: StateDirectory,
     graph: Graph,
     server: Server,
+    announcer: Announcer,
     ending: Ending,
 ) -> int:
     stop = Stop(ending.begin)
@@ -114,9 +118,7 @@ async def _run(
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        backups = Backups(
-            graph, jobs, state.scratch, _remote_options(options), server.uris, graph.find_bitmap
-        )
+        backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
         services = Services(
             jobs,
             snapshots,
@@ -124,12 +126,14 @@ async def _run(
             graph,
             Transactions(),
             stop.request_by_qmp,
+            exports=Exports(graph, server, tasks, announcer),
             bitmaps=bitmaps,
             checkpoints=Checkpoints(bitmaps, snapshots),
         )
         if options.makes_control_directory:
             options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with monitor(options.control, services) as control:
+            announcer.subscribe(control.publish)
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 living = tasks.create_task(bitmaps.keep_alive())

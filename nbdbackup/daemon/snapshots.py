@@ -127,6 +127,7 @@ class Snapshots:
         """`kept` was taken: show it to clients, with the bitmaps as they were."""
         snapshot = kept.snapshot
         self.live[snapshot.export_name] = kept
+        self.graph.announcer.watch(snapshot)
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self.server.exports
@@ -239,6 +240,7 @@ class TakeSnapshot(Action):
         # A bitmap that a step before this one made has hardly anything in it yet.
         freezes = [self._freezes.get(of, Freeze(of)) for of in self._entry.bitmaps if not of.inconsistent]
         kept.frozen = [freeze.finish() for freeze in freezes]
+        self._snapshots.graph.check_point_in_time(self._entry.node)
         kept.snapshot.insert()
         if bitmap is not None:
             bitmap.create_successor()

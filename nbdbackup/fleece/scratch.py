@@ -6,6 +6,7 @@ has no name: it is gone with the last descriptor, so that no crash can leave one
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
@@ -14,6 +15,9 @@ from nbdbackup.block.file import FileDevice
 from nbdbackup.block.filter import FilterDevice
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.extents import Extent
+
+FILLING_PERCENT = 80
+"""Of `bytes_max`: when it is time to say that scratch may not suffice."""
 
 
 class Scratch(FilterDevice):
@@ -24,6 +28,9 @@ class Scratch(FilterDevice):
         self.bytes_max = bytes_max
         self._title = title
         self._stored = ClusterBitmap(child.size, cluster_bytes)
+        # Changing while running.
+        self._on_filling: Callable[[int, int, int], None] | None = None
+        self._is_filling = False
 
     @property
     def cluster_bytes(self) -> int:
@@ -35,6 +42,15 @@ class Scratch(FilterDevice):
         """Bytes of saved clusters that are held now; a short last cluster counts as whole."""
         return len(self._stored) * self.cluster_bytes
 
+    def watch(self, on_filling: Callable[[int, int, int], None]) -> None:
+        """Call `on_filling(bytes_used, threshold, bytes_max)` when 80 % of what may be stored are.
+
+        Once; again after trims have made it less.
+        """
+        self._on_filling = on_filling
+        self._is_filling = False
+        self._look_at_level()
+
     async def write(self, offset: int, data: ReadableBuffer, fua: bool = False) -> None:
         self._reserve(Extent(offset, len(data)))
         await self.child.write(offset, data, fua)
@@ -45,11 +61,13 @@ class Scratch(FilterDevice):
         if not self.child.write_nowait(offset, data):
             return False
         self._stored.set(area)
+        self._look_at_level()
         return True
 
     async def trim(self, offset: int, length: int, fua: bool = False) -> None:
         await self.child.trim(offset, length, fua)
         self._stored.clear(Extent(offset, length))
+        self._look_at_level()
 
     def offload_fd(self) -> int | None:
         """None: what is stored must be counted."""
@@ -59,6 +77,15 @@ class Scratch(FilterDevice):
         # Set before the write: clusters being written at the same time must fit together.
         self._check_room(area)
         self._stored.set(area)
+        self._look_at_level()
+
+    def _look_at_level(self) -> None:
+        if self.bytes_max is None:
+            return
+        threshold = self.bytes_max * FILLING_PERCENT // 100
+        was_filling, self._is_filling = self._is_filling, self.bytes_used >= threshold
+        if self._is_filling and not was_filling and self._on_filling is not None:
+            self._on_filling(self.bytes_used, threshold, self.bytes_max)
 
     def _check_room(self, area: Extent) -> None:
         if self.bytes_max is None:

@@ -1,49 +1,28 @@
-"""Commands about nodes and exports."""
+"""Commands about nodes."""
 
-from enum import Enum
-from typing import Annotated, cast
-
-import msgspec
+from typing import cast
 
 from nbdbackup.errors import UsageError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
 from nbdbackup.monitor.commands_bitmaps import bitmap_info
-from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode, Services
-from nbdbackup.monitor.schema import Arguments, NoArguments
+from nbdbackup.monitor.context import Services
+from nbdbackup.monitor.node_options import BlockdevOptions, definition
+from nbdbackup.monitor.schema import Arguments
+from nbdbackup.monitor.services_graph import NodeInfo
 
 
 class QueryNodesArguments(Arguments, frozen=True, kw_only=True):
     flat: bool | None = None
 
 
-class DiscardOption(Enum):
-    IGNORE = "ignore"
-    UNMAP = "unmap"
-
-
-class NodeOptions(Arguments, frozen=True, kw_only=True):
-    node_name: str | None = None
-    discard: DiscardOption = DiscardOption.IGNORE
-    read_only: bool = False
-
-
-class FileOptions(NodeOptions, frozen=True, kw_only=True, tag_field="driver", tag="file"):
-    filename: str
-
-
-class ChildOptions(Arguments, frozen=True, kw_only=True, tag_field="driver", tag="file"):
-    """A file described in place, below a raw node."""
-
-    filename: str
-
-
-class RawOptions(NodeOptions, frozen=True, kw_only=True, tag_field="driver", tag="raw"):
-    file: Annotated[str | ChildOptions, msgspec.Meta(title="BlockdevRef")]
-
-
 class BlockdevDelArguments(Arguments, frozen=True, kw_only=True):
     node_name: str
+
+
+class WriteThresholdArguments(Arguments, frozen=True, kw_only=True):
+    node_name: str
+    write_threshold: int
 
 
 @command("query-named-block-nodes", QueryNodesArguments)
@@ -53,15 +32,10 @@ async def query_named_block_nodes(services: Services, arguments: QueryNodesArgum
 
 
 def _node_info(node: NodeInfo) -> dict[str, Json]:
-    image: dict[str, Json] = {
-        "filename": node.filename,
-        "format": node.driver,
-        "virtual-size": node.size,
-        "dirty-flag": False,
-    }
-    if node.allocated is not None:
-        image["actual-size"] = node.allocated
     throttle = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    children: dict[str, Json] = {}
+    if node.children:
+        children["children"] = [{"child": role, "node-name": name} for role, name in node.children]
     bitmaps: dict[str, Json] = {}
     if node.bitmaps:
         bitmaps["dirty-bitmaps"] = [bitmap_info(info) for info in node.bitmaps]
@@ -70,45 +44,50 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
         "drv": node.driver,
         "file": node.filename,
         "ro": node.read_only,
-        "image": image,
+        "image": _image(node),
         "encrypted": False,
         "detect_zeroes": "off",
-        "backing_file_depth": 0,
-        "write_threshold": 0,
+        "backing_file_depth": 0 if node.backing is None else 1,
+        "write_threshold": node.write_threshold,
         "cache": {"writeback": True, "direct": False, "no-flush": False},
         **throttle,
+        **children,
         **bitmaps,
     }
 
 
-@command("query-block-exports", NoArguments)
-async def query_block_exports(services: Services, arguments: NoArguments) -> Json:
-    del arguments
-    return [_export_info(export) for export in services.graph.exports()]
+def _image(node: NodeInfo) -> dict[str, Json]:
+    image: dict[str, Json] = {
+        "filename": node.filename,
+        "format": node.driver,
+        "virtual-size": node.size,
+    }
+    if node.driver != "snapshot-access":
+        image["dirty-flag"] = False
+    if node.allocated is not None:
+        image["actual-size"] = node.allocated
+    if node.backing is not None:
+        image["backing-image"] = _image(node.backing)
+    return image
 
 
-def _export_info(export: ExportInfo) -> dict[str, Json]:
-    return {"id": export.name, "type": "nbd", "node-name": export.node, "shutting-down": False}
-
-
-@command("blockdev-add", cast("type[FileOptions | RawOptions]", FileOptions | RawOptions))
-async def blockdev_add(services: Services, arguments: FileOptions | RawOptions) -> Json:
-    name = arguments.node_name
-    if name is None:
+@command("blockdev-add", cast("type[BlockdevOptions]", BlockdevOptions))
+async def blockdev_add(services: Services, arguments: BlockdevOptions) -> Json:
+    if arguments.node_name is None:
         raise UsageError("'node-name' must be specified for the root node")
-    unmap = arguments.discard is DiscardOption.UNMAP
-    node: FileNode | RawNode
-    if isinstance(arguments, FileOptions):
-        node = FileNode(name, arguments.filename, "file", arguments.read_only, unmap)
-    elif isinstance(arguments.file, str):
-        node = RawNode(name, arguments.file, arguments.read_only)
-    else:
-        node = FileNode(name, arguments.file.filename, "raw", arguments.read_only, unmap)
-    await services.graph.add(node)
+    await services.graph.add(definition(arguments))
     return {}
 
 
 @command("blockdev-del", BlockdevDelArguments)
 async def blockdev_del(services: Services, arguments: BlockdevDelArguments) -> Json:
     await services.graph.delete(arguments.node_name)
+    return {}
+
+
+@command("block-set-write-threshold", WriteThresholdArguments)
+async def block_set_write_threshold(services: Services, arguments: WriteThresholdArguments) -> Json:
+    if arguments.write_threshold < 0:
+        raise UsageError("Parameter 'write-threshold' expects uint64")
+    await services.graph.set_write_threshold(arguments.node_name, arguments.write_threshold)
     return {}

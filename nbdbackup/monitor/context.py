@@ -12,69 +12,11 @@ from typing import Protocol
 from nbdbackup.errors import NbdBackupError
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.services_backup import BackupService
-from nbdbackup.monitor.services_bitmaps import BitmapInfo, BitmapService
+from nbdbackup.monitor.services_bitmaps import BitmapService
+from nbdbackup.monitor.services_exports import ExportService
+from nbdbackup.monitor.services_graph import GraphService
 from nbdbackup.monitor.services_snapshots import CheckpointService, SnapshotService
 from nbdbackup.monitor.steps import Step as Step
-
-
-@dataclass(frozen=True, slots=True)
-class FileNode:
-    """A new node `name` on the file or block device `filename`."""
-
-    name: str
-    filename: str
-    driver: str = "file"
-    """What the node says it is: file or raw."""
-    read_only: bool = False
-    unmap: bool = True
-    """Whether trim and write_zeroes may give space back."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawNode:
-    """A new node `name` that passes everything on to the node `child`."""
-
-    name: str
-    child: str
-    read_only: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class NodeInfo:
-    """A node as it stands. Sizes are bytes."""
-
-    name: str
-    driver: str
-    filename: str
-    size: int
-    read_only: bool
-    allocated: int | None = None
-    """What it takes up on its file system, where that is known."""
-    bitmaps: Sequence[BitmapInfo] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
-    """An NBD export."""
-
-    name: str
-    node: str
-
-
-class GraphService(Protocol):
-    """Nodes and exports."""
-
-    def nodes(self) -> Sequence[NodeInfo]:
-        """Every node."""
-
-    def exports(self) -> Sequence[ExportInfo]:
-        """Every export."""
-
-    async def add(self, node: FileNode | RawNode) -> None:
-        """Open a node."""
-
-    async def delete(self, name: str) -> None:
-        """Close the node `name`, which nothing may use."""
 
 
 class TransactionService(Protocol):
@@ -98,5 +40,6 @@ class Services:
     transactions: TransactionService
     request_shutdown: Callable[[], None]
     """Begin an orderly end of the daemon; returns at once."""
+    exports: ExportService
     bitmaps: BitmapService
     checkpoints: CheckpointService

@@ -68,7 +68,10 @@ def _check(expected: inspect.Type, value: Json, path: str) -> None:
         case inspect.IntType() if title == "uint32_t":
             _check_uint32(value, path)
         case inspect.StructType():
-            _check_members(expected, _as_object(value, path), path)
+            members = _as_object(value, path)
+            if expected.tag_field is not None:
+                _check_tag([expected], members, path)
+            _check_members(expected, members, path)
         case inspect.UnionType():
             _check_union(expected, value, path, title)
         case inspect.ListType():
@@ -115,12 +118,21 @@ def _check_union(expected: inspect.UnionType, value: Json, path: str, title: str
     if tag_field is None:
         _check_members(structs[0], members, path)
         return
+    _check_members(_check_tag(structs, members, path), members, path)
+
+
+def _check_tag(
+    structs: list[inspect.StructType], members: Mapping[str, Json], path: str
+) -> inspect.StructType:
+    """The one of `structs` that the discriminator in `members` names."""
+    tag_field = structs[0].tag_field
+    assert tag_field is not None
     tag_path = _join(path, tag_field)
     if tag_field not in members:
         raise QmpError(f"Parameter '{tag_path}' is missing")
     tag = members[tag_field]
     _check_word(tag, [struct.tag for struct in structs], tag_path)
-    _check_members(next(struct for struct in structs if struct.tag == tag), members, path)
+    return next(struct for struct in structs if struct.tag == tag)
 
 
 def _check_word(value: Json, words: list[str | int | None], path: str) -> None:

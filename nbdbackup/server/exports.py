@@ -1,5 +1,6 @@
 """Exports: nodes offered under a name over NBD, who may see each, and who is connected to it."""
 
+import asyncio
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,12 +37,31 @@ class Export:
     """Shown to these alone, and so is every snapshot of it; None: to whoever comes in."""
     all_bitmaps: bool = False
     """Every dirty bitmap of the node is a meta context of it, as they come and go."""
+    id: str = ""
+    """What QMP calls it; "": as its name."""
     clients: set[Client] = field(default_factory=set)
     contexts: ContextTable = field(init=False)
     """What BLOCK_STATUS can tell of it."""
+    _unused: asyncio.Event = field(default_factory=asyncio.Event, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.contexts = ContextTable(self.node)
+        self._unused.set()
+
+    def join(self, client: Client) -> None:
+        """`client` uses it from now on."""
+        self.clients.add(client)
+        self._unused.clear()
+
+    def leave(self, client: Client) -> None:
+        """`client` uses it no longer, and has nothing in flight."""
+        self.clients.discard(client)
+        if not self.clients:
+            self._unused.set()
+
+    async def wait_unused(self) -> None:
+        """Return when it has no client."""
+        await self._unused.wait()
 
     def info(self) -> ExportInfo:
         """What negotiation tells a client."""

@@ -29,12 +29,22 @@ class Agreement:
 
 
 class Handshake:
-    """One client's negotiation on `sock` (connected, non-blocking), at most `HANDSHAKE_TIMEOUT_S` long."""
+    """One client's negotiation on `sock` (connected, non-blocking).
 
-    def __init__(self, sock: socket.socket, exports: ExportTable, tls: ServerTls | None = None) -> None:
+    It takes at most `limit_s` seconds (None: there is no limit).
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        exports: ExportTable,
+        tls: ServerTls | None = None,
+        limit_s: float | None = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
         # Set once.
         self._sock = sock
         self._tls = tls
+        self._limit_s = limit_s
         self._catalog = ClientCatalog(exports)
         self._negotiation = ServerNegotiation(self._catalog, TlsMode.OFF if tls is None else tls.mode)
         # Changes while running.
@@ -47,7 +57,7 @@ class Handshake:
         if self._timeout is not None:
             due = self._timeout.when()
             soon = asyncio.get_running_loop().time() + SHUTDOWN_TIMEOUT_S
-            if due is not None and due > soon:
+            if due is None or due > soon:
                 self._timeout.reschedule(soon)
 
     async def run(self) -> Agreement | None:
@@ -59,7 +69,7 @@ class Handshake:
             ProtocolError: the client broke the protocol, failed to set up TLS, or took too long.
             OSError: the connection broke.
         """
-        limit_s = SHUTDOWN_TIMEOUT_S if self._negotiation.shutting_down else HANDSHAKE_TIMEOUT_S
+        limit_s = SHUTDOWN_TIMEOUT_S if self._negotiation.shutting_down else self._limit_s
         try:
             async with asyncio.timeout(limit_s) as self._timeout:
                 return await self._exchange()
@@ -71,7 +81,7 @@ class Handshake:
         except TimeoutError:
             if self._negotiation.shutting_down:
                 return None
-            raise ProtocolError(f"no export chosen within {HANDSHAKE_TIMEOUT_S:g} s") from None
+            raise ProtocolError(f"no export chosen within {self._limit_s:g} s") from None
         finally:
             if self._negotiation.result is None and isinstance(self._stream, TlsStream):
                 self._stream.close()

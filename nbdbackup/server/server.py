@@ -10,9 +10,13 @@ import errno
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
 
 from nbdbackup.errors import NotFoundError, ProtocolError
 from nbdbackup.nbd.agreement import TlsMode
+from nbdbackup.server import handshake
 from nbdbackup.server.budget import SharedBudget
 from nbdbackup.server.exports import ExportTable
 from nbdbackup.server.handshake import Agreement, Handshake
@@ -31,6 +35,18 @@ KEEPALIVE_PROBES = 4
 """A TCP client whose machine is gone is noticed after two minutes."""
 
 
+@dataclass(slots=True, eq=False)
+class _Entrance:
+    """A listener and who came in there. `slots` None: no limit but the server's."""
+
+    listener: Listener
+    slots: asyncio.Semaphore | None = None
+    handshake_s: float | None = field(default_factory=lambda: handshake.HANDSHAKE_TIMEOUT_S)
+    accepting: asyncio.Task[None] | None = None
+    clients: set[asyncio.Task[None]] = field(default_factory=set)
+    connections: set[Handshake | Session] = field(default_factory=set)
+
+
 class Server:
     """Serves `exports` on `listeners`, at most `clients_max` clients at once (0: no limit).
 
@@ -47,18 +63,31 @@ class Server:
         tls: ServerTls | None = None,
     ) -> None:
         self.exports = exports
-        self.listeners = list(listeners)
+        self._entrances = [_Entrance(listener) for listener in listeners]
         self._tls = tls
         self._allowed = tuple(allowed)
         self._budget = SharedBudget()
         self._slots = asyncio.Semaphore(clients_max) if clients_max else None
         # Changing while running.
-        self._accepting: list[asyncio.Task[None]] = []
+        self._group: asyncio.TaskGroup | None = None
         self._clients: set[asyncio.Task[None]] = set()
-        self._handshakes: set[Handshake] = set()
-        self._sessions: set[Session] = set()
         self._stopping = False
         self.last_client_left = asyncio.Event()
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Where it listens."""
+        return [entrance.listener for entrance in self._entrances]
+
+    @property
+    def sessions(self) -> set[Session]:
+        """Of the clients that have chosen an export."""
+        return {
+            connection
+            for entrance in self._entrances
+            for connection in entrance.connections
+            if isinstance(connection, Session)
+        }
 
     @property
     def client_count(self) -> int:
@@ -68,7 +97,7 @@ class Server:
     def requests_in_flight(self) -> dict[str, int]:
         """How many requests the devices are busy with, for each export that has any."""
         counts: dict[str, int] = {}
-        for session in self._sessions:
+        for session in self.sessions:
             if session.requests_in_flight:
                 name = session.export_name
                 counts[name] = counts.get(name, 0) + session.requests_in_flight
@@ -81,68 +110,94 @@ class Server:
 
     async def run(self) -> None:
         """Accept and serve until `stop`; ends when the last client is gone."""
-        async with asyncio.TaskGroup() as group:
-            self._accepting = [
-                group.create_task(self._accept(group, listener)) for listener in self.listeners
-            ]
+        async with asyncio.TaskGroup() as self._group:
+            for entrance in self._entrances:
+                self._open(entrance, self._group)
+
+    def add_listener(self, listener: Listener, clients_max: int, handshake_s: float | None) -> None:
+        """Listen there as well, for at most `clients_max` clients at once (0: no limit of its own).
+
+        The server runs. `handshake_s` is how long a client may take to choose an export (None: for ever).
+        """
+        assert self._group is not None
+        slots = asyncio.Semaphore(clients_max) if clients_max else None
+        entrance = _Entrance(listener, slots, handshake_s)
+        self._entrances.append(entrance)
+        self._open(entrance, self._group)
+
+    async def remove_listener(self, listener: Listener) -> None:
+        """Stop listening there and disconnect who came in there; on return they are gone."""
+        entrance = next(entrance for entrance in self._entrances if entrance.listener is listener)
+        self._entrances.remove(entrance)
+        assert entrance.accepting is not None
+        entrance.accepting.cancel()
+        for connection in tuple(entrance.connections):
+            if isinstance(connection, Session):
+                connection.disconnect("the server no longer listens at its address")
+            else:
+                connection.shut_down()
+        await asyncio.wait([entrance.accepting, *entrance.clients])
 
     def stop(self) -> None:
         """Stop accepting; sessions finish what is in flight and end, negotiating clients are refused."""
         self._stopping = True
-        for accepting in self._accepting:
-            accepting.cancel()
-        for session in self._sessions:
-            session.shut_down()
-        for handshake in self._handshakes:
-            handshake.shut_down()
+        for entrance in self._entrances:
+            if entrance.accepting is not None:
+                entrance.accepting.cancel()
+            for connection in entrance.connections:
+                connection.shut_down()
 
-    async def _accept(self, group: asyncio.TaskGroup, listener: Listener) -> None:
-        try:
-            await self._accept_for_ever(group, listener)
-        finally:
-            # Here, and not in `stop`: the event loop must have let go of the socket first.
-            listener.close()
+    def _open(self, entrance: _Entrance, group: asyncio.TaskGroup) -> None:
+        entrance.accepting = group.create_task(self._accept_for_ever(group, entrance))
+        # Not in `stop`: the event loop must have let go of the socket first. Nor at the end of the task: one
+        # that is cancelled before it has begun has no end.
+        entrance.accepting.add_done_callback(lambda _: entrance.listener.close())
+        if self._stopping:
+            entrance.accepting.cancel()
 
-    async def _accept_for_ever(self, group: asyncio.TaskGroup, listener: Listener) -> None:
+    async def _accept_for_ever(self, group: asyncio.TaskGroup, entrance: _Entrance) -> None:
         loop = asyncio.get_running_loop()
+        listener = entrance.listener
+        slots = [slots for slots in (entrance.slots, self._slots) if slots is not None]
         while True:
-            if self._slots is not None:
-                await self._slots.acquire()
-            try:
-                sock, address = await loop.sock_accept(listener.sock)
-            except BaseException as error:
-                if self._slots is not None:
-                    self._slots.release()
-                if not isinstance(error, OSError):
-                    raise
-                if error.errno not in (errno.ECONNABORTED, errno.EINTR):
-                    logger.error("cannot accept a client on %s: %s", listener.uri(), error.strerror)
-                    await asyncio.sleep(ACCEPT_PAUSE_S)
-                continue
-            if not is_allowed(sock.family, address, self._allowed):
-                logger.warning("client %s refused: no --allow range has it", _describe_peer(sock, listener))
-                sock.close()
-                if self._slots is not None:
-                    self._slots.release()
-                continue
-            client = group.create_task(self._serve_client(sock, listener))
-            self._clients.add(client)
-            client.add_done_callback(self._forget_client)
+            async with AsyncExitStack() as taken:
+                for semaphore in slots:
+                    await taken.enter_async_context(semaphore)
+                try:
+                    sock, address = await loop.sock_accept(listener.sock)
+                except OSError as error:
+                    if error.errno not in (errno.ECONNABORTED, errno.EINTR):
+                        logger.error("cannot accept a client on %s: %s", listener.uri(), error.strerror)
+                        await asyncio.sleep(ACCEPT_PAUSE_S)
+                    continue
+                if not is_allowed(sock.family, address, self._allowed):
+                    peer = _describe_peer(sock, listener)
+                    logger.warning("client %s refused: no --allow range has it", peer)
+                    sock.close()
+                    continue
+                client = group.create_task(self._serve_client(sock, entrance))
+                self._clients.add(client)
+                entrance.clients.add(client)
+                client.add_done_callback(partial(self._forget_client, entrance, slots))
+                taken.pop_all()
 
-    def _forget_client(self, client: asyncio.Task[None]) -> None:
+    def _forget_client(
+        self, entrance: _Entrance, slots: Sequence[asyncio.Semaphore], client: asyncio.Task[None]
+    ) -> None:
         self._clients.discard(client)
-        if self._slots is not None:
-            self._slots.release()
+        entrance.clients.discard(client)
+        for semaphore in slots:
+            semaphore.release()
         if not self._clients:
             self.last_client_left.set()
 
-    async def _serve_client(self, sock: socket.socket, listener: Listener) -> None:
+    async def _serve_client(self, sock: socket.socket, entrance: _Entrance) -> None:
         """One client from accept to close. Its faults, and our bugs with it, end here."""
-        peer = _describe_peer(sock, listener)
+        peer = _describe_peer(sock, entrance.listener)
         try:
             with sock:
                 _tune(sock)
-                await self._negotiate_and_serve(sock, peer)
+                await self._negotiate_and_serve(sock, peer, entrance)
         except ProtocolError as error:
             logger.warning("client %s disconnected: %s", peer, error)
         except NotFoundError as error:
@@ -152,30 +207,30 @@ class Server:
         except Exception:
             logger.exception("client %s disconnected by an internal error", peer)
 
-    async def _negotiate_and_serve(self, sock: socket.socket, peer: str) -> None:
-        handshake = Handshake(sock, self.exports, self._tls)
-        self._handshakes.add(handshake)
+    async def _negotiate_and_serve(self, sock: socket.socket, peer: str, entrance: _Entrance) -> None:
+        negotiation = Handshake(sock, self.exports, self._tls, entrance.handshake_s)
+        entrance.connections.add(negotiation)
         try:
-            if self._stopping:
-                handshake.shut_down()
-            agreement = await handshake.run()
+            if self._stopping or entrance not in self._entrances:
+                negotiation.shut_down()
+            agreement = await negotiation.run()
         except ConnectionError:
             agreement = None  # a probe, most likely: it did not wait for our greeting
         finally:
-            self._handshakes.discard(handshake)
+            entrance.connections.discard(negotiation)
         if agreement is None:
             logger.debug("client %s left without choosing an export", peer)
             return
         export = self.exports.get(agreement.negotiated.export.name)
         session = Session(agreement.stream, export, agreement.negotiated, self._budget)
         logger.info("client %s uses export %s (%s)", peer, export.name, _describe_agreement(agreement))
-        self._sessions.add(session)
+        entrance.connections.add(session)
         try:
-            if self._stopping:
+            if self._stopping or entrance not in self._entrances:
                 session.shut_down()
             await session.run(agreement.leftover)
         finally:
-            self._sessions.discard(session)
+            entrance.connections.discard(session)
             if isinstance(agreement.stream, TlsStream):
                 agreement.stream.close()
         logger.info("client %s left export %s", peer, export.name)

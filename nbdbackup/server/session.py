@@ -119,7 +119,7 @@ class Session:
             ProtocolError: the client broke the protocol. OSError: the connection broke.
         """
         self._received.put(leftover)
-        self._export.clients.add(self)
+        self._export.join(self)
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._schedule_turn()
@@ -133,7 +133,7 @@ class Session:
             self._watch(reading=False, writing=False)
             if self._patience is not None:
                 self._patience.cancel()
-            self._export.clients.discard(self)
+            self._export.leave(self)
             self._budget.leave(self)
             if not self._over.done():
                 self._over.set_result(None)

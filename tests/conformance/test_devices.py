@@ -13,8 +13,12 @@ import pytest
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.filter import FilterDevice
+from nbdbackup.block.ignore_discard import IgnoreDiscard
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
+from nbdbackup.block.window import WindowDevice
+from nbdbackup.block.write_threshold import WriteThreshold
+from nbdbackup.block.write_through import WriteThrough
 from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice
 from tests.support.peers import require, require_root
 
@@ -127,4 +131,49 @@ class TestNode(TestMemory):
             return Node("disk", FilterDevice(MemoryDevice(size)))
 
         async with making(open_blank) as make:
+            yield make
+
+
+def _assert_edges(around: MemoryDevice) -> None:
+    assert bytes(around.data[:600]) == b"<" * 600
+    assert bytes(around.data[-400:]) == b">" * 400
+
+
+class TestWindow(TestMemory):
+    """A part of a device; what is around it is not touched."""
+
+    @pytest.fixture
+    async def make_device(self) -> AsyncIterator[MakeDevice]:
+        def open_blank(size: int, stack: AsyncExitStack) -> WindowDevice:
+            around = MemoryDevice(600 + size + 400)
+            around.data[:600] = b"<" * 600
+            around.data[600 + size :] = b">" * 400
+            stack.callback(_assert_edges, around)
+            return WindowDevice(around, 600, size)
+
+        async with making(open_blank) as make:
+            yield make
+
+
+class TestWriteThreshold(TestMemory):
+    @pytest.fixture
+    async def make_device(self) -> AsyncIterator[MakeDevice]:
+        def open_blank(size: int, stack: AsyncExitStack) -> WriteThreshold:
+            return WriteThreshold(MemoryDevice(size), 1, lambda amount, threshold: None)
+
+        async with making(open_blank) as make:
+            yield make
+
+
+class TestIgnoreDiscard(TestMemory):
+    @pytest.fixture
+    async def make_device(self) -> AsyncIterator[MakeDevice]:
+        async with making(lambda size, _: IgnoreDiscard(MemoryDevice(size))) as make:
+            yield make
+
+
+class TestWriteThrough(TestMemory):
+    @pytest.fixture
+    async def make_device(self) -> AsyncIterator[MakeDevice]:
+        async with making(lambda size, _: WriteThrough(MemoryDevice(size))) as make:
             yield make

@@ -17,13 +17,17 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
-from nbdbackup.daemon.backups import Backups, FindBitmap
+from nbdbackup.daemon.backups import Backups
 from nbdbackup.daemon.bitmaps import Bitmaps
 from nbdbackup.daemon.checkpoints import Checkpoints
+from nbdbackup.daemon.events import Announcer
+from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.snapshots import Snapshots
+from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.server.exports import Export, ExportTable
+from nbdbackup.server.listener import listen_tcp
 from nbdbackup.server.server import Server
 from tests.support.sessions import open_descriptors, wait_until
 
@@ -42,6 +46,10 @@ class Daemon:
     snapshots: Snapshots
     backups: Backups
     jobs: JobRegistry
+    announced: list[Event]
+    """What the graph and the exports told the monitor's clients."""
+    export_service: Exports
+    server: Server
     bitmaps: Bitmaps
     checkpoints: Checkpoints
 
@@ -66,28 +74,43 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(
-    directory: Path,
-    remote: RemoteOptions | None = None,
-    find_bitmap: FindBitmap | None = None,
-) -> AsyncIterator[Daemon]:
-    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does. `remote`: of its targets."""
+async def composed(directory: Path, remote: RemoteOptions | None = None) -> AsyncIterator[Daemon]:
+    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does.
+
+    `remote`: of its targets.
+    """
     scratch = directory / "scratch"
     scratch.mkdir()
     exports = ExportTable()
-    graph = Graph(exports)
+    announcer, announced = Announcer(), list[Event]()
+    announcer.subscribe(announced.append)
+    graph = Graph(exports, announcer)
     bitmaps = Bitmaps(graph, exports)
-    snapshots = Snapshots(graph, Server(exports, []), scratch)
+    server = Server(exports, [listen_tcp("127.0.0.1", 0)])
+    snapshots = Snapshots(graph, server, scratch)
     checkpoints = Checkpoints(bitmaps, snapshots)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
-        backups = Backups(
-            graph, jobs, scratch, remote or RemoteOptions(), list, find_bitmap or graph.find_bitmap
-        )
+        backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
-            yield Daemon(scratch, exports, graph, snapshots, backups, jobs, bitmaps, checkpoints)
+            serving = tasks.create_task(server.run())
+            yield Daemon(
+                scratch,
+                exports,
+                graph,
+                snapshots,
+                backups,
+                jobs,
+                announced,
+                Exports(graph, server, tasks, announcer),
+                server,
+                bitmaps,
+                checkpoints,
+            )
         finally:
+            server.stop()
             await jobs.cancel_all()
+            await serving
             await snapshots.close()
             await graph.close()
 

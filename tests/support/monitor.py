@@ -13,15 +13,13 @@ from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import (
-    ExportInfo,
-    FileNode,
-    NodeInfo,
-    RawNode,
     Services,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
 from nbdbackup.monitor.services_backup import BackupRequest
 from nbdbackup.monitor.services_bitmaps import BitmapChange
+from nbdbackup.monitor.services_exports import ExportInfo, ExportRequest, ServerRequest
+from nbdbackup.monitor.services_graph import NodeDefinition, NodeInfo
 from nbdbackup.monitor.services_snapshots import CheckpointInfo, SnapshotInfo, SnapshotOptions
 from nbdbackup.monitor.steps import Step
 from tests.support.jobs import WAIT_S_MAX, ScriptedJob
@@ -113,20 +111,43 @@ class FakeBackupAction(Action):
 
 @dataclass
 class FakeGraph:
-    added: list[FileNode | RawNode] = field(default_factory=list)
+    added: list[NodeDefinition] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    thresholds: dict[str, int] = field(default_factory=dict)
 
     def nodes(self) -> Sequence[NodeInfo]:
         return [NodeInfo("disk", "raw", "/srv/disk.img", 1 << 20, False, 4096)]
 
-    def exports(self) -> Sequence[ExportInfo]:
-        return [ExportInfo("disk", "disk")]
-
-    async def add(self, node: FileNode | RawNode) -> None:
+    async def add(self, node: NodeDefinition) -> None:
         self.added.append(node)
 
     async def delete(self, name: str) -> None:
         self.deleted.append(name)
+
+    async def set_write_threshold(self, name: str, threshold: int) -> None:
+        self.thresholds[name] = threshold
+
+
+@dataclass
+class FakeExports:
+    """Says back what it was asked for."""
+
+    asked: list[ExportRequest | ServerRequest | tuple[str, bool] | None] = field(default_factory=list)
+
+    def exports(self) -> Sequence[ExportInfo]:
+        return [ExportInfo("disk", "disk")]
+
+    async def add(self, request: ExportRequest) -> None:
+        self.asked.append(request)
+
+    async def delete(self, export_id: str, *, hard: bool) -> None:
+        self.asked.append((export_id, hard))
+
+    async def start_server(self, request: ServerRequest) -> None:
+        self.asked.append(request)
+
+    async def stop_server(self) -> None:
+        self.asked.append(None)
 
 
 @dataclass
@@ -227,6 +248,7 @@ class Bench:
     snapshots: FakeSnapshots
     backups: FakeBackups
     graph: FakeGraph
+    exports: FakeExports
     shutdown: asyncio.Event
     bitmaps: FakeBitmaps
     checkpoints: FakeCheckpoints
@@ -257,6 +279,7 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
     async with asyncio.timeout(WAIT_S_MAX * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         snapshots, backups, graph = FakeSnapshots(), FakeBackups(jobs), FakeGraph()
+        exports = FakeExports()
         shutdown = asyncio.Event()
         bitmaps, checkpoints = FakeBitmaps(), FakeCheckpoints(snapshots)
         services = Services(
@@ -266,11 +289,14 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
             graph,
             Transactions(),
             shutdown.set,
+            exports=exports,
             bitmaps=bitmaps,
             checkpoints=checkpoints,
         )
         async with monitor(path, services) as server:
             try:
-                yield Bench(path, server, jobs, snapshots, backups, graph, shutdown, bitmaps, checkpoints)
+                yield Bench(
+                    path, server, jobs, snapshots, backups, graph, exports, shutdown, bitmaps, checkpoints
+                )
             finally:
                 await jobs.cancel_all()

@@ -10,7 +10,6 @@ import pytest
 from nbdbackup.bitmap import dirty
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.memory import MemoryDevice
-from nbdbackup.block.node import Node
 from nbdbackup.daemon.transaction import Action, Transactions
 from nbdbackup.errors import ConflictError, NbdBackupError
 from nbdbackup.job.job import CANCELLED_TEXT
@@ -35,9 +34,9 @@ async def _gates_are_opened() -> AsyncIterator[None]:
 class Bench:
     """Two disks with a bitmap b0 each, whose clusters 1 and 3 are dirty, and targets for them."""
 
-    def __init__(self, daemon: Daemon, bitmaps: dict[tuple[str, str], DirtyBitmap]) -> None:
+    def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
-        self.bitmaps = bitmaps
+        self.bitmaps: dict[tuple[str, str], DirtyBitmap] = {}
         self.transactions = Transactions()
         self.sources = {name: self._add(name, noise(SIZE)) for name in ("a", "b")}
         self.targets = {name: self._add(name, b"\xee" * SIZE) for name in ("ta", "tb")}
@@ -47,7 +46,8 @@ class Bench:
             bitmap = DirtyBitmap("b0", SIZE, CLUSTER)
             bitmap.mark(CLUSTER, 1)
             bitmap.mark(3 * CLUSTER, 1)
-            bitmaps[name, "b0"] = bitmap
+            self.bitmaps[name, "b0"] = bitmap
+            daemon.graph.entry(name).bitmaps.add(bitmap)
 
     def _add(self, name: str, content: bytes) -> MemoryDevice:
         device = MemoryDevice(SIZE, name)
@@ -81,13 +81,8 @@ class Bench:
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    bitmaps: dict[tuple[str, str], DirtyBitmap] = {}
-
-    def find_bitmap(node: Node, name: str) -> DirtyBitmap | None:
-        return bitmaps.get((node.name, name))
-
-    async with composed(tmp_path, find_bitmap=find_bitmap) as daemon:
-        yield Bench(daemon, bitmaps)
+    async with composed(tmp_path) as daemon:
+        yield Bench(daemon)
 
 
 def to_node(name: str, target: str | None = None) -> BackupRequest:

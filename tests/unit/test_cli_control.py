@@ -327,10 +327,36 @@ def test_node_list_and_info(socket_path: Path, capsys: pytest.CaptureFixture[str
         out = capsys.readouterr().out
         assert "1073741824 bytes" in out
         assert "disk@s1" in out
+        assert "made of" not in out
         assert main(["node", "info", "disc"]) == 10
         assert "no node 'disc'" in error_line(capsys)
         assert main(["node", "info", "disk", "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == NODE
+
+
+def test_node_info_shows_what_a_filter_is_made_of(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cbw = {
+        **NODE,
+        "node-name": "cbw",
+        "drv": "copy-before-write",
+        "write_threshold": 4096,
+        "children": [
+            {"child": "file", "node-name": "disk"},
+            {"child": "target", "node-name": "tmp"},
+        ],
+    }
+    with fake_qmp(
+        socket_path,
+        query_named_block_nodes=constant([cbw]),
+        query_block_exports=constant([]),
+        x_nbdbackup_query_snapshots=constant([]),
+    ):
+        assert main(["node", "info", "cbw"]) == 0
+        out = capsys.readouterr().out
+        assert "made of:   disk (file) tmp (target)" in out
+        assert "threshold: 4K" in out
 
 
 def test_qmp_takes_a_name_or_a_message(socket_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.job.job import Job
 from nbdbackup.job.target import BACKUP_USER
-from nbdbackup.monitor.context import FileNode, RawNode
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
+from nbdbackup.monitor.services_graph import FileNode, RawNode
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.fleecing import make_gate, noise, open_all_gates
 from tests.support.gated import settle

@@ -11,7 +11,6 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.transaction import Failing, run_transaction
 from nbdbackup.errors import ConflictError, DeviceError, NbdBackupError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
-from nbdbackup.monitor.context import RawNode
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode
 from nbdbackup.monitor.services_bitmaps import (
     BitmapAdd,
@@ -22,6 +21,7 @@ from nbdbackup.monitor.services_bitmaps import (
     BitmapMerge,
     BitmapRemove,
 )
+from nbdbackup.monitor.services_graph import RawNode
 from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from nbdbackup.server.contexts import SelectedContexts
 from tests.support.daemon import Daemon, composed

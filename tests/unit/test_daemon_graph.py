@@ -3,18 +3,20 @@
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from nbdbackup.block.memory import MemoryDevice
+from nbdbackup.block.node import Node
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.nodes.table import Child, Entry
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
-from nbdbackup.monitor.context import FileNode, RawNode
+from nbdbackup.monitor.services_graph import FileNode, RawNode
 from nbdbackup.monitor.services_snapshots import SnapshotOptions
-from nbdbackup.server.exports import Export, ExportTable
+from nbdbackup.server.exports import ExportTable
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.faults import FaultyDevice
 from tests.support.gated import GatedDevice, settle
@@ -57,7 +59,7 @@ async def test_nodes_say_what_they_are(daemon: Daemon, tmp_path: Path) -> None:
     )
     assert disk.allocated == os.stat(tmp_path / "disk.img").st_blocks * 512
     assert (view.name, view.filename, view.size, view.read_only) == ("view", disk.filename, SIZE, True)
-    assert [(export.name, export.node) for export in daemon.graph.exports()] == [("disk", "disk")]
+    assert view.children == (("file", "disk"),)
 
 
 @pytest.mark.parametrize("name", ["disk", "view"])
@@ -134,6 +136,25 @@ async def test_disk_that_hangs_at_the_end_keeps_no_other_from_being_flushed_and_
     assert list(graph) == []
 
 
+async def test_at_the_end_a_node_is_closed_after_those_made_of_it() -> None:
+    graph, closed = Graph(ExportTable()), list[str]()
+
+    def releasing(name: str) -> Callable[[], Awaitable[None]]:
+        async def release() -> None:
+            if name == "top":
+                await settle()
+            closed.append(name)
+
+        return release
+
+    below = Entry(Node("below", MemoryDevice(SIZE)), "file", "", releasing("below"))
+    top = Entry(Node("top", below.node), "raw", "", releasing("top"), (Child(below, "file"),))
+    for entry in (below, top):
+        graph.add_entry(entry)
+    await graph.close()
+    assert closed == ["top", "below"]
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 async def test_a_flush_that_fails_at_the_end_keeps_no_other_from_its_own(failing: int) -> None:
     graph = Graph(ExportTable())
@@ -147,13 +168,9 @@ async def test_a_flush_that_fails_at_the_end_keeps_no_other_from_its_own(failing
     assert [(device.flushes, device.is_closed) for device in devices] == [(1, True)] * 3
 
 
-async def test_an_export_of_a_node_is_listed_with_it() -> None:
-    exports = ExportTable()
-    graph = Graph(exports)
-    node = graph.insert("disk", MemoryDevice(SIZE), "raw", "", False)
-    exports.add(Export("other-name", node))
-    (listed,) = graph.exports()
-    assert (listed.name, listed.node) == ("other-name", "disk")
+async def test_what_has_no_file_says_nothing_of_its_allocation() -> None:
+    graph = Graph(ExportTable())
+    graph.insert("disk", MemoryDevice(SIZE), "raw", "", False)
     (info,) = graph.nodes()
     assert info.allocated is None
     await graph.close()

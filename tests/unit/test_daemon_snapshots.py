@@ -19,6 +19,7 @@ from tests.support.gated import settle
 from tests.support.sessions import serving
 
 SIZE = 3 * 65536 + 513
+CLUSTER = 65536
 S1 = SnapshotOptions(name="s1")
 
 
@@ -321,3 +322,23 @@ async def test_scratch_can_be_put_elsewhere_and_never_shows(daemon: Daemon, tmp_
 def make_directory(path: Path) -> Path:
     path.mkdir()
     return path
+
+
+async def test_scratch_that_fills_is_announced(daemon: Daemon) -> None:
+    node = daemon.graph.get("a")
+    await daemon.snapshots.create(["a"], SnapshotOptions(name="s1", scratch_bytes_max=2 * CLUSTER))
+    await node.write(0, bytes(CLUSTER))
+    assert daemon.announced == []
+    await node.write(CLUSTER, bytes(CLUSTER))
+    (event,) = daemon.announced
+    threshold = 2 * CLUSTER * 80 // 100
+    assert (event.name, event.data) == (
+        "BLOCK_WRITE_THRESHOLD",
+        {
+            "node-name": "a@s1",
+            "amount-exceeded": 2 * CLUSTER - threshold,
+            "write-threshold": threshold,
+            "x-nbdbackup-scratch-used": 2 * CLUSTER,
+            "x-nbdbackup-scratch-max": 2 * CLUSTER,
+        },
+    )

@@ -109,7 +109,12 @@ def test_a_bitmap_is_shown_with_qemus_members() -> None:
     assert bitmap_info(info) == shown
     nameless = BitmapInfo(None, 65536, 0, recording=True, busy=False, persistent=False, inconsistent="why")
     del shown["name"]
-    assert bitmap_info(nameless) == {**shown, "count": 0, "inconsistent": True}
+    assert bitmap_info(nameless) == {
+        **shown,
+        "count": 0,
+        "inconsistent": True,
+        "x-nbdbackup-inconsistent-because": "why",
+    }
 
 
 async def test_snapshots_are_told_of_their_bitmap_and_of_the_pull(path: Path) -> None:

@@ -6,8 +6,18 @@ import pytest
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
-from nbdbackup.monitor.context import FileNode, RawNode
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
+from nbdbackup.monitor.services_exports import ExportRequest, ServerRequest
+from nbdbackup.monitor.services_graph import (
+    BitmapRef,
+    CopyBeforeWriteNode,
+    FileNode,
+    InetAddress,
+    RawNode,
+    RemoteNode,
+    SnapshotAccessNode,
+    SocketPath,
+)
 from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from tests.support.monitor import bench
 
@@ -197,7 +207,7 @@ async def test_blockdev_add_describes_the_node(path: Path) -> None:
         assert control.graph.added == [
             FileNode("f", "/f", "file", unmap=True),
             RawNode("r", "f"),
-            FileNode("g", "/g", "raw", read_only=True, unmap=False),
+            RawNode("g", FileNode("", "/g", unmap=False), read_only=True),
         ]
         await client.execute("blockdev-del", {"node-name": "r"})
         assert control.graph.deleted == ["r"]
@@ -284,3 +294,98 @@ async def test_unknown_job_is_told_in_each_familys_words(path: Path, verb: str) 
             "DeviceNotActive",
             "Block job 'x' not found",
         )
+
+
+async def test_blockdev_add_describes_the_fleecing_set_up(path: Path) -> None:
+    async with bench(path) as control, control.connected() as client:
+        server: Json = {"type": "inet", "host": "h", "port": "10809"}
+        target: Json = {"driver": "nbd", "server": server, "export": "x", "reconnect-delay": 3}
+        cbw: Json = {
+            "driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": target,
+            "bitmap": {"node": "disk", "name": "b0"}, "on-cbw-error": "break-snapshot", "cbw-timeout": 45,
+            "min-cluster-size": 1 << 20,
+        }  # fmt: skip
+        access: dict[str, Json] = {"driver": "snapshot-access", "node-name": "access", "file": cbw}
+        await client.execute("blockdev-add", access)
+        assert control.graph.added == [
+            SnapshotAccessNode(
+                "access",
+                CopyBeforeWriteNode(
+                    "cbw",
+                    "disk",
+                    RemoteNode("", InetAddress("h", "10809"), "x", unmap=False, reconnect_delay_s=3),
+                    BitmapRef("disk", "b0"),
+                    OnCbwError.BREAK_SNAPSHOT,
+                    45,
+                    1 << 20,
+                ),
+                unmap=False,
+            )
+        ]
+        await client.execute("block-set-write-threshold", {"node-name": "disk", "write-threshold": 5})
+        assert control.graph.thresholds == {"disk": 5}
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("cache", {"direct": True}),
+        ("cache", {"no-flush": True}),
+        ("force-share", True),
+        ("detect-zeroes", "on"),
+    ],
+    ids=str,
+)
+async def test_what_blockdev_add_cannot_do_is_refused_by_name(path: Path, member: str, value: Json) -> None:
+    async with bench(path) as control, control.connected() as client:
+        arguments: dict[str, Json] = {"driver": "file", "node-name": "f", "filename": "/f", member: value}
+        _, text = await client.fail("blockdev-add", arguments)
+        assert text.startswith(f"Parameter '{member}")
+        assert text.endswith("is not supported: leave it out")
+        assert control.graph.added == []
+
+
+async def test_exports_and_servers_are_asked_for_as_in_qemu(path: Path) -> None:
+    async with bench(path) as control, control.connected() as client:
+        address: Json = {"type": "unix", "data": {"path": "/s"}}
+        await client.execute("nbd-server-start", {"addr": address})
+        address = {"type": "inet", "data": {"host": "::1", "port": "0"}}
+        limits: dict[str, Json] = {"max-connections": 7, "handshake-max-seconds": 0}
+        await client.execute("nbd-server-start", {"addr": address, **limits})
+        export: dict[str, Json] = {
+            "type": "nbd", "id": "e", "node-name": "disk", "name": "n", "description": "d", "writable": True,
+            "writethrough": True, "bitmaps": ["b0", {"node": "x", "name": "b1"}], "allocation-depth": True,
+        }  # fmt: skip
+        await client.execute("block-export-add", export)
+        await client.execute("block-export-del", {"id": "e"})
+        await client.execute("block-export-del", {"id": "e", "mode": "hard"})
+        await client.execute("nbd-server-stop")
+        assert control.exports.asked == [
+            ServerRequest(SocketPath("/s"), 100, 10),
+            ServerRequest(InetAddress("::1", "0"), 7, 0),
+            ExportRequest("e", "disk", "n", "d", True, True, ("b0", BitmapRef("x", "b1"))),
+            ("e", False),
+            ("e", True),
+            None,
+        ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"addr": {"type": "unix", "data": {"path": "/s"}}, "tls-creds": "tls0"},
+        {"addr": {"type": "fd", "data": {"str": "3"}}},
+        {"addr": {"type": "vsock", "data": {"cid": "2", "port": "1"}}},
+        {"addr": {"type": "unix", "data": {"path": "/s", "abstract": True}}},
+        {"addr": {"type": "inet", "data": {"host": "h", "port": "1", "to": 5}}},
+        {"addr": {"type": "unix", "data": {"path": "/s"}}, "max-connections": -1},
+    ],
+    ids=str,
+)
+async def test_what_nbd_server_start_cannot_do_is_refused_by_name(
+    path: Path, arguments: dict[str, Json]
+) -> None:
+    async with bench(path) as control, control.connected() as client:
+        _, text = await client.fail("nbd-server-start", arguments)
+        assert text.startswith("Parameter '")
+        assert control.exports.asked == []

@@ -155,3 +155,17 @@ async def test_zero_clusters_take_no_scratch() -> None:
         operation.area for operation in taken.parts.faults.operations if operation.kind.startswith("write")
     ]
     assert written == [Extent(0, CLUSTER), Extent(4 * CLUSTER, CLUSTER)]
+
+
+async def test_scratch_tells_once_that_it_is_filling_and_again_after_room_was_made() -> None:
+    scratch = Scratch(MemoryDevice(16 * CLUSTER), CLUSTER, 10 * CLUSTER, "scratch of disk@s1")
+    told: list[tuple[int, int, int]] = []
+    scratch.watch(lambda used, threshold, used_max: told.append((used, threshold, used_max)))
+    await scratch.write(0, bytes(7 * CLUSTER))
+    assert told == []
+    assert scratch.write_nowait(7 * CLUSTER, bytes(CLUSTER))
+    await scratch.write(8 * CLUSTER, bytes(CLUSTER))
+    assert told == [(8 * CLUSTER, 8 * CLUSTER, 10 * CLUSTER)]
+    await scratch.trim(0, 4 * CLUSTER)
+    await scratch.write(0, bytes(3 * CLUSTER))
+    assert len(told) == 2

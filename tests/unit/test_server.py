@@ -123,8 +123,8 @@ async def test_5_tcp_clients_are_not_delayed_and_dead_ones_are_noticed() -> None
     listener = listen_tcp("127.0.0.1", 0)
     async with running([listener]) as served:
         client = await connect(listener)
-        await wait_until(lambda: bool(served.server._sessions))
-        (session,) = served.server._sessions
+        await wait_until(lambda: bool(served.server.sessions))
+        (session,) = served.server.sessions
         assert isinstance(session._sock, socket.socket)
         assert session._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert session._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -247,7 +247,7 @@ async def test_a_removed_export_disconnects_its_client(path: str) -> None:
     listener = listen_unix(path)
     async with running([listener], MemoryDevice(SIZE), MemoryDevice(SIZE)) as served:
         gone, staying = await connect(listener, "0"), await connect(listener, "1")
-        await wait_until(lambda: len(served.server._sessions) == 2)
+        await wait_until(lambda: len(served.server.sessions) == 2)
         served.server.exports.remove("0", "it was dropped")
         await wait_closed(gone.sock)
         assert (await staying.call(Command.READ, 0, 512)).error == 0

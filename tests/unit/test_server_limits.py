@@ -13,7 +13,6 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
 from nbdbackup.errors import ProtocolError, UsageError
 from nbdbackup.server import budget as budget_module
-from nbdbackup.server import handshake as handshake_module
 from nbdbackup.server import server as server_module
 from nbdbackup.server import session as session_module
 from nbdbackup.server.budget import FREE_BYTES, SharedBudget
@@ -113,8 +112,8 @@ async def test_client_that_does_not_read_holds_a_bounded_amount_and_hinders_nobo
     ):
         for cookie in range(64):
             await greedy.request(READ, cookie, 0, 8 * MIB)
-        sessions = [session for session in server._sessions if session._replies.is_blocked]
-        await until(lambda: any(session._replies.is_blocked for session in server._sessions))
+        sessions = [session for session in server.sessions if session._replies.is_blocked]
+        await until(lambda: any(session._replies.is_blocked for session in server.sessions))
         for _ in range(100):
             assert (await honest.call(READ, 0, 4096)).data(0, 4096) == b"x" * 4096
         assert 0 < server._budget.used <= BYTES_MAX + 8 * MIB
@@ -130,7 +129,7 @@ async def test_full_budget_stops_large_requests_but_not_small_ones() -> None:
         assert (await client.call(READ, 0, 4096)).error == 0
         assert (await client.call(WRITE, 0, 4096, FUA, bytes(4096))).error == 0
         await client.request(READ, 1, 0, 2 * MIB)
-        await until(lambda: any(session._lacks_room for session in server._sessions))
+        await until(lambda: any(session._lacks_room for session in server.sessions))
         server._budget.leave(hog)
         assert (await client.reply(1, 2 * MIB)).error == 0
 
@@ -200,7 +199,7 @@ async def test_payload_that_is_thrown_away_takes_no_room_from_others() -> None:
     device = MemoryDevice(4 * MIB)
     async with serving(table(device)) as server, connected(server) as bad, connected(server) as client:
         await bad.send(struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 5, 0, 0xFFFFFFFF) + bytes(100_000))
-        await until(lambda: any(session._payload is not None for session in server._sessions))
+        await until(lambda: any(session._payload is not None for session in server.sessions))
         assert (await client.call(READ, 0, 2 * MIB)).error == 0
         assert server._budget.used == 0
 
@@ -214,21 +213,20 @@ async def test_stop_does_not_wait_for_ever_for_a_client_that_does_not_read(
     async with serving(table(device)) as server, connected(server) as client:
         for cookie in range(8):
             await client.request(READ, cookie, 0, 8 * MIB)
-        await until(lambda: any(session._replies.is_blocked for session in server._sessions))
+        await until(lambda: any(session._replies.is_blocked for session in server.sessions))
         server.stop()
         await until(lambda: not server.client_count)
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0\0\3IHAVE"])
-async def test_09_handshake_that_does_not_get_on_ends(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake_module, "HANDSHAKE_TIMEOUT_S", 0.1)
+async def test_09_handshake_that_does_not_get_on_ends(sent: bytes) -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with ours, theirs:
         theirs.sendall(sent)
         async with asyncio.timeout(LIMIT_S):
             with pytest.raises(ProtocolError, match=r"no export chosen within 0\.1 s"):
-                await Handshake(ours, ExportTable()).run()
+                await Handshake(ours, ExportTable(), limit_s=0.1).run()
 
 
 @pytest.mark.parametrize(("allowed", "greeted"), [("127.0.0.0/8", True), ("10.0.0.0/8", False)])

@@ -161,7 +161,7 @@ async def test_client_is_told_good_bye_when_the_server_ends(
             while negotiation.result is None:
                 await stream.send_all(request)
                 request = negotiation.receive(await stream.receive(65536))
-        await wait_until(lambda: bool(server._sessions))
+        await wait_until(lambda: bool(server.sessions))
         server.stop()
         incoming = bytearray()
         async with asyncio.timeout(WAIT_S):
