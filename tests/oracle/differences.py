@@ -1,0 +1,44 @@
+"""Where we differ from QEMU on purpose: what, and why. The one list of it.
+
+A step of a script names the entry: `both.fail(..., differs=differences.X)`. There the two sides must
+differ; a step that no longer does fails, and so does an entry that no script names (test_harness.py).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """`qemu` and `ours` say what each does; `why` is the reason."""
+
+    qemu: str
+    ours: str
+    why: str
+
+
+JOB_ID_DEFAULT = Difference(
+    qemu="refuses a job without job-id on a node that no drive has: Invalid job ID ''",
+    ours="calls it as its node",
+    why="there are no drives here, and a node's name is as good as a drive's",
+)
+JOB_ORDER = Difference(
+    qemu="query-jobs and query-block-jobs list the newest job first",
+    ours="lists the oldest first",
+    why="`job list` and its readers want the order of starting; QMP promises none",
+)
+
+REFUSED_JOB_EVENTS = Difference(
+    qemu="tells of a job that it refuses for its speed that it was created and is gone",
+    ours="tells of no job that it has refused",
+    why="nothing has happened that anybody could act on",
+)
+WRITABLE_LATE = Difference(
+    qemu="refuses a writable export of a node while it is backed up: its filter shares no writing",
+    ours="lets it in: its writes pass the same filter",
+    why="the filter is in the node, so no export of it can write past it, whenever it was made",
+)
+SHUTDOWN = Difference(
+    qemu="qemu-storage-daemon says nothing when it ends; qemu-system says SHUTDOWN",
+    ours="says SHUTDOWN",
+    why="clients can tell an orderly end from a crash",
+)
