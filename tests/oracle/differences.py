@@ -28,7 +28,8 @@ JOB_ORDER = Difference(
 )
 
 REFUSED_JOB_EVENTS = Difference(
-    qemu="tells of a job that it refuses for its speed that it was created and is gone",
+    qemu="says of a job that it refuses, for its speed or because another action of its transaction failed, "
+    "that it was created and is gone",
     ours="tells of no job that it has refused",
     why="nothing has happened that anybody could act on",
 )

@@ -14,6 +14,7 @@ from tests.oracle.side import Event, Marker
 
 PAUSED, RUNNING = "status paused", "status running"
 MARKER = "marker"
+IGNORED = '"action": "ignore"'
 PAUSING = {f"{prefix}{verb}" for prefix in ("job-", "block-job-") for verb in ("pause", "resume", "cancel")}
 
 
@@ -45,8 +46,9 @@ def life(history: Iterable[Event | Marker], job: str, masks: Sequence[Mask]) -> 
                 del words[-2:]
                 words += [] if words[-1:] == [RUNNING] else [RUNNING]
     words = [word for word in words if word != MARKER]
+    repeats = [RUNNING, *(word for word in words if word.startswith("BLOCK_JOB_ERROR") and IGNORED in word)]
     return [
-        word for place, word in enumerate(words) if word != RUNNING or words[place - 1 : place] != [RUNNING]
+        word for place, word in enumerate(words) if word not in repeats or words[place - 1 : place] != [word]
     ]
 
 
