@@ -17,6 +17,8 @@ end, for every job, its events in their order. Events of different jobs are not 
     side.py          one daemon: its process, its control socket, what it has said
     both.py          the steps
     script.py        `@script`: who the reference is, and what waits for a feature that is not there yet
+    lives.py         a job's events, put in a form that can be compared
+    reading.py       the same for what programs say
     masks.py         what is not compared, and why
     differences.py   where we differ on purpose, and why
 

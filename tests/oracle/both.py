@@ -6,7 +6,6 @@ the script is over, with the steps that led to it.
 """
 
 import asyncio
-import difflib
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,7 +17,8 @@ from nbdbackup.job.events import Json
 from tests.oracle import lives
 from tests.oracle.differences import Difference
 from tests.oracle.masks import Mask, without
-from tests.oracle.side import Event, Side, SideFailed
+from tests.oracle.reading import bitmaps_of, difference, first_difference, joined, uri, without_times
+from tests.oracle.side import WAIT_S, Event, Side, SideFailed
 from tests.support.peers import require
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ class Both:
         self._found: dict[tuple[str, str], int] = {}
         self._job_masks: dict[str, tuple[Mask, ...]] = {}
         self._job_differences: dict[str, Difference] = {}
+        self._clients: list[asyncio.subprocess.Process] = []
         self._serving = False
         self._parted = False
 
@@ -112,8 +113,7 @@ class Both:
                 if value == values[0]:
                     self._noted.append(f"{step}: {side.name} no longer differs: {differs.why}")
             elif value != values[0]:
-                lines = difflib.ndiff(_lines(values[0]), _lines(value))
-                shown = "\n".join(line for line in lines if not line.startswith("?"))
+                shown = "\n".join(difference(values[0], value))
                 self._noted.append(f"{step}: - {self.sides[0].name}, + {side.name}\n{shown}")
 
     # Commands.
@@ -300,14 +300,14 @@ class Both:
         contents = [(side.directory / name).read_bytes()[:length] for side in self.sides]
         for side, content in zip(self.sides[1:], contents[1:], strict=True):
             if content != contents[0]:
-                self._noted.append(f"{step}: {side.name}: {_first_difference(contents[0], content)}")
+                self._noted.append(f"{step}: {side.name}: {first_difference(contents[0], content)}")
         return contents[0]
 
     def expect_content(self, name: str, expected: bytes) -> None:
         """The file begins with these bytes."""
         actual = self.content(name, len(expected))
         if actual != expected:
-            raise Differs(f"{name}: {self.sides[0].name}: {_first_difference(expected, actual)}")
+            raise Differs(f"{name}: {self.sides[0].name}: {first_difference(expected, actual)}")
 
     # Clients.
 
@@ -353,9 +353,9 @@ class Both:
         step = self._step(f"qemu-io {export}: {'; '.join(commands)}")
         words = [word for command in commands for word in ("-c", command)]
         only_reads = all(command.startswith("read ") for command in commands)
-        program = [require("qemu-io"), "-f", "raw", *(["-r"] if only_reads else []), *words, _uri(export)]
+        program = [require("qemu-io"), "-f", "raw", *(["-r"] if only_reads else []), *words, uri(export)]
         results = await self._everywhere(lambda side: side.run_tool(*program))
-        outputs = [_without_times(output) for _, output in results]
+        outputs = [without_times(output) for _, output in results]
         for side, (status, _), output in zip(self.sides, results, outputs, strict=True):
             failed = status != 0 or "failed" in output
             if failed != fails:
@@ -363,16 +363,44 @@ class Both:
         self._compare(step, outputs)
         return outputs[0]
 
+    async def connect(self, export: str) -> None:
+        """A client that stays connected to the export, until `disconnect` or the end."""
+        self._step(f"connect to {export}")
+        words = (require("qemu-io"), "-f", "raw", "-r", uri(export))
+
+        async def connect(side: Side) -> asyncio.subprocess.Process:
+            client = await side.connect(*words)
+            assert client.stdin is not None
+            assert client.stdout is not None
+            client.stdin.write(b"read 0 512\n")
+            async with asyncio.timeout(WAIT_S):
+                while b"read 512/512" not in (line := await client.stdout.readline()):
+                    if not line:
+                        raise SideFailed(f"{side.name}: no connection to {export}")
+            return client
+
+        self._clients = await self._everywhere(connect)
+
+    async def disconnect(self) -> None:
+        """End the client of `connect`."""
+        self._step("disconnect")
+
+        async def disconnect(client: asyncio.subprocess.Process) -> None:
+            async with asyncio.timeout(WAIT_S):
+                await client.communicate(b"quit\n")
+
+        await asyncio.gather(*(disconnect(client) for client in self._clients))
+
     async def map(self, export: str, context: str) -> list[tuple[int, int, int]]:
         """Offset, length and type of each extent that an export reports in a meta context."""
         step = self._step(f"map of {export} in {context}")
-        program = [require("nbdinfo"), "--json", f"--map={context}", _uri(export)]
+        program = [require("nbdinfo"), "--json", f"--map={context}", uri(export)]
         results = await self._everywhere(lambda side: side.run_tool(*program))
         maps: list[list[tuple[int, int, int]]] = []
         for side, (status, output) in zip(self.sides, results, strict=True):
             if status != 0:
                 raise Differs(f"{step}: {side.name}: {output}")
-            maps.append(_joined(json.loads(output)))
+            maps.append(joined(json.loads(output)))
         self._compare(step, [list(extents) for extents in maps])
         return maps[0]
 
@@ -389,7 +417,7 @@ class Both:
     async def bitmaps(self) -> dict[str, Json]:
         """What query-named-block-nodes says of the bitmaps with a name, of each node that has any."""
         step = self._step("bitmaps of all nodes")
-        found = await self._everywhere(_bitmaps_of)
+        found = await self._everywhere(bitmaps_of)
         self._compare(step, found)
         return found[0]
 
@@ -429,52 +457,3 @@ def _status(event: Event) -> Json:
     data = event["data"]
     assert isinstance(data, dict)
     return data.get("status")
-
-
-def _lines(value: Json) -> list[str]:
-    if isinstance(value, str):
-        return value.splitlines()
-    if isinstance(value, list):
-        return [item if isinstance(item, str) else json.dumps(item, sort_keys=True) for item in value]
-    return json.dumps(value, indent=1, sort_keys=True).splitlines()
-
-
-def _first_difference(expected: bytes, actual: bytes) -> str:
-    if len(expected) != len(actual):
-        return f"{len(actual)} bytes instead of {len(expected)}"
-    place = next(place for place in range(len(expected)) if expected[place] != actual[place])
-    count = sum(one != other for one, other in zip(expected, actual, strict=True))
-    return f"{count} bytes differ, first at {place}: {actual[place]:#04x} instead of {expected[place]:#04x}"
-
-
-def _uri(export: str) -> str:
-    return f"nbd+unix:///{export}?socket={{dir}}/nbd.sock"
-
-
-def _without_times(output: str) -> str:
-    """Less the line on speed that follows each of qemu-io's commands."""
-    return "\n".join(line for line in output.splitlines() if " ops; " not in line)
-
-
-def _joined(extents: Sequence[Mapping[str, int]]) -> list[tuple[int, int, int]]:
-    """Neighbours of one type are one: how far an answer goes is up to the server."""
-    joined: list[tuple[int, int, int]] = []
-    for extent in extents:
-        offset, length, kind = extent["offset"], extent["length"], extent["type"]
-        if joined and joined[-1][2] == kind:
-            offset, length = joined[-1][0], joined[-1][1] + length
-            joined.pop()
-        joined.append((offset, length, kind))
-    return joined
-
-
-async def _bitmaps_of(side: Side) -> dict[str, Json]:
-    """By node; those without a name are the daemon's own."""
-    found: dict[str, Json] = {}
-    for node in await side.listed("query-named-block-nodes"):
-        listed = node.get("dirty-bitmaps", [])
-        assert isinstance(listed, list)
-        named = [info for info in listed if isinstance(info, dict) and info.get("name")]
-        if named:
-            found[str(node["node-name"])] = named
-    return found

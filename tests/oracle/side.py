@@ -54,7 +54,7 @@ class Side(ABC):
         self._stack = AsyncExitStack()
         self._client: QmpClient | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._servers: dict[str, ForeignServer] = {}
+        self._clients: list[asyncio.subprocess.Process] = []
 
     @abstractmethod
     def command(self) -> list[str]:
@@ -183,7 +183,6 @@ class Side(ABC):
         server.socket_path = self.directory / f"{name}.sock"
         self._stack.callback(server.__exit__, None, None, None)
         await asyncio.to_thread(server.start)
-        self._servers[name] = server
 
     async def wait_exit(self) -> int:
         """Wait until the daemon has ended by itself; its status."""
@@ -209,6 +208,17 @@ class Side(ABC):
         assert process.returncode is not None
         return process.returncode, str(self.neutral(output.decode(errors="replace")))
 
+    async def connect(self, *words: str) -> asyncio.subprocess.Process:
+        """Run an interactive client until this side ends, or its standard input is closed."""
+        process = await asyncio.create_subprocess_exec(
+            *(str(self.here(word)) for word in words),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        self._clients.append(process)
+        return process
+
     def log(self) -> str:
         """All that it has written."""
         return self._log.read_text(errors="replace")
@@ -228,9 +238,10 @@ class Side(ABC):
 
     async def _kill(self) -> None:
         assert self._process is not None
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+        for process in (*self._clients, self._process):
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 class QemuSide(Side):

@@ -134,3 +134,43 @@ async def test_nodes(both: Both) -> None:
     await both.run("blockdev-del", node_name="r")
     await both.run("blockdev-del", node_name="a")
     await both.fail("blockdev-del", node_name="a")
+
+
+@script(pending="block-export-add")
+async def test_removing_an_export_that_has_a_client(both: Both) -> None:
+    await disks(both)
+    await both.start_nbd()
+    await both.run("block-export-add", **EXPORT)
+    await both.connect("disk")
+    await both.fail("block-export-del", id="e")
+    await both.fail("block-export-del", id="e", mode="safe")
+    await both.run("query-block-exports")
+    await both.run("block-export-del", id="e", mode="hard")
+    await both.wait_event("BLOCK_EXPORT_DELETED")
+    await both.run("query-block-exports")
+    await both.run("blockdev-del", node_name="disk")
+
+
+@script(pending="block-export-add")
+async def test_removing_an_export_whose_client_has_left(both: Both) -> None:
+    await disks(both)
+    await both.start_nbd()
+    await both.run("block-export-add", **EXPORT)
+    await both.connect("disk")
+    await both.fail("block-export-del", id="e")
+    await both.disconnect()
+    await both.io("disk", "read 0 512")
+    await both.run("block-export-del", id="e", mode="hard")
+    await both.wait_event("BLOCK_EXPORT_DELETED")
+
+
+@script(pending="block-export-add")
+async def test_stopping_a_server_that_has_clients(both: Both) -> None:
+    await disks(both)
+    await both.start_nbd()
+    await both.run("block-export-add", **EXPORT)
+    await both.connect("disk")
+    await both.run("nbd-server-stop")
+    await both.wait_event("BLOCK_EXPORT_DELETED")
+    await both.run("query-block-exports")
+    await both.run("blockdev-del", node_name="disk")

@@ -93,6 +93,25 @@ async def test_backup_of_the_view(both: Both) -> None:
     both.expect_content("target.img", before)
 
 
+@script(pending="copy-before-write nodes", reference=NewerQemuSide)
+async def test_backup_that_gives_scratch_back(both: Both) -> None:
+    await both.disk("disk", SIZE, (0, SIZE, 1))
+    await both.disk("scratch", SIZE, discard="unmap")
+    await both.disk("target", SIZE)
+    nodes: dict[str, Json] = {"file": "disk", "target": "scratch"}
+    await both.run("blockdev-add", driver="copy-before-write", node_name="cbw", **nodes)
+    await both.run("blockdev-add", driver="snapshot-access", node_name="view", file="cbw", discard="unmap")
+    await both.serve("cbw")
+    await both.io("cbw", "write -P 2 0 1M")
+    backup: dict[str, Json] = {"device": "view", "target": "target", "sync": "full", "job-id": "j"}
+    await both.run("blockdev-backup", **backup, **{"discard-source": True})
+    await both.wait("j", "null")
+    both.expect_content("target.img", bytes([1]) * SIZE)
+    # What was backed up is saved no more.
+    await both.io("cbw", "write -P 3 2M 64k", "write -P 3 0 64k")
+    both.expect_content("scratch.img", bytes(SIZE))
+
+
 @script(pending="copy-before-write nodes")
 async def test_a_bitmap_limits_what_is_saved(both: Both) -> None:
     await fleece(both, bitmap="b")

@@ -126,6 +126,24 @@ async def test_finalizing_one_of_a_group_finalizes_all(both: Both, which: int) -
     await after(both)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@script(pending="transactions")
+async def test_cancelling_one_of_a_pending_group_cancels_all(both: Both, which: int) -> None:
+    await pair(both, fails=False)
+    await both.transaction(backup(0, **BY_HAND), backup(1, **BY_HAND), mode="grouped")
+    for job in ("j0", "j1"):
+        await both.wait(job, "pending")
+    await both.io("disk0", "write -P 7 768k 64k")
+    await both.run("job-cancel", id=f"j{which}")
+    for job in ("j0", "j1"):
+        await both.wait(job, "concluded")
+    await both.run("query-jobs")
+    for job in ("j0", "j1"):
+        await both.run("job-dismiss", id=job)
+        await both.wait(job, "null")
+    await after(both)
+
+
 @script(pending="transactions")
 async def test_a_group_of_which_only_one_is_finalized_by_hand(both: Both) -> None:
     await pair(both, fails=False)
