@@ -2,8 +2,9 @@
 
 `NbdDevice` cuts operations to what the server takes, and makes up for what it does not offer:
 
-- Nothing longer than the server's maximum payload is sent in one request, nor longer than
+- Nothing is read or written that is longer than the server's maximum payload, nor longer than
   `PIECE_BYTES_MAX`; the pieces of one operation are under way at the same time.
+- Requests without payload are cut to lengths of 32 bits, but for a server with extended headers.
 - Where the server's minimum block size is more than a byte, reads are widened, and a write that
   begins or ends inside a block reads that block first. Such a write has the device to itself while
   it is done: another write to the same block would be undone.
@@ -37,7 +38,9 @@ ZERO_BYTES_MAX = 32 << 20
 """Of a WRITE_ZEROES, which a server may carry out by writing; longer if it can do it fast."""
 FAST_ZERO_BYTES_MAX = 512 << 20
 RANGE_BYTES_MAX = 1 << 30
-"""Of a TRIM, CACHE or BLOCK_STATUS."""
+"""Of a TRIM, CACHE or BLOCK_STATUS without extended headers."""
+CACHE_BYTES_MAX = 8 << 30
+"""Of a CACHE with them, which reads all of it before it is answered; the others have no limit."""
 PIECES_AT_ONCE = 16
 
 _ZEROES = bytes(1 << 20)
@@ -58,6 +61,8 @@ class NbdDevice(BlockDevice):
         self._block_bytes = export.block_size_min
         self._discard = discard
         self._piece_bytes = self._whole_blocks(min(export.payload_bytes_max, PIECE_BYTES_MAX))
+        self._range_bytes = self.size if export.extended_headers else RANGE_BYTES_MAX
+        self._cache_bytes = min(self._range_bytes, self._whole_blocks(CACHE_BYTES_MAX))
         fast_zero = TransmissionFlags.SEND_FAST_ZERO | TransmissionFlags.SEND_WRITE_ZEROES
         self.features = Features(
             trim=discard and self._offers(TransmissionFlags.SEND_TRIM),
@@ -180,7 +185,7 @@ class NbdDevice(BlockDevice):
         assert 0 <= offset <= area.end <= self.size
         inner = self._whole_inside(area)
         if fast and not (self.features.fast_zero and inner == area):
-            raise DeviceError(errno.ENOTSUP, f"{self._name} cannot zero this range fast")
+            raise self._not_fast()
         if not length:
             return
         if not inner.length:
@@ -203,20 +208,32 @@ class NbdDevice(BlockDevice):
             return
         flags = 0 if may_unmap else CommandFlags.NO_HOLE
         length_max = FAST_ZERO_BYTES_MAX if self.features.fast_zero else ZERO_BYTES_MAX
+        if self.features.fast_zero and self.export.extended_headers and area.length > length_max:
+            # All at once, if that is fast; else it is cut, or the server would be thought dead.
+            if await self._zero_piece(area, flags, fast=True):
+                return
+            if fast:
+                raise self._not_fast()
         for number, piece in enumerate(area.split(self._whole_blocks(length_max))):
             # Only the first piece may say that it cannot be fast: then nothing has changed yet.
             is_fast = fast and not number
-            operation = Operation(
-                Command.WRITE_ZEROES,
-                piece.offset,
-                piece.length,
-                flags | (CommandFlags.FAST_ZERO if is_fast else 0),
-            )
-            [reply] = await self._session.perform(operation)
-            if reply.error == Errno.ENOTSUP and not is_fast:
-                await self._write_zero_bytes(piece)
-            elif reply.error:
-                raise self._failed(operation, reply)
+            if await self._zero_piece(piece, flags, is_fast):
+                continue
+            if is_fast:
+                raise self._not_fast()
+            await self._write_zero_bytes(piece)
+
+    async def _zero_piece(self, piece: Extent, flags: int, fast: bool) -> bool:
+        """Zero it in one request; False: the server does not, or not fast, and nothing has changed."""
+        flags |= CommandFlags.FAST_ZERO if fast else 0
+        operation = Operation(Command.WRITE_ZEROES, piece.offset, piece.length, flags)
+        [reply] = await self._session.perform(operation)
+        if reply.error and reply.error != Errno.ENOTSUP:
+            raise self._failed(operation, reply)
+        return not reply.error
+
+    def _not_fast(self) -> DeviceError:
+        return DeviceError(errno.ENOTSUP, f"{self._name} cannot zero this range fast")
 
     async def _write_zero_bytes(self, area: Extent) -> None:
         length_max = min(self._piece_bytes, len(_ZEROES))
@@ -231,7 +248,7 @@ class NbdDevice(BlockDevice):
         area = self._whole_inside(Extent(offset, length))
         if self.features.trim and area.length:
             await self._do_all(
-                Operation(Command.TRIM, piece.offset, piece.length) for piece in area.split(RANGE_BYTES_MAX)
+                Operation(Command.TRIM, piece.offset, piece.length) for piece in area.split(self._range_bytes)
             )
         if fua:
             await self.flush()
@@ -244,10 +261,21 @@ class NbdDevice(BlockDevice):
     async def cache(self, offset: int, length: int) -> None:
         assert 0 <= offset <= offset + length <= self.size
         area = self._whole(Extent(offset, length))
-        if self._offers(TransmissionFlags.SEND_CACHE):
-            await self._do_all(
-                Operation(Command.CACHE, piece.offset, piece.length) for piece in area.split(RANGE_BYTES_MAX)
-            )
+        if not self._offers(TransmissionFlags.SEND_CACHE):
+            return
+        try:
+            await self._cache_blocks(area)
+        except DeviceError as error:
+            # QEMU takes no more at once than it takes of a READ.
+            length_max = self._whole_blocks(min(self.export.payload_bytes_max, self._cache_bytes))
+            if error.errno != errno.EINVAL or area.length <= length_max:
+                raise
+            self._cache_bytes = length_max
+            await self._cache_blocks(area)
+
+    async def _cache_blocks(self, area: Extent) -> None:
+        pieces = area.split(self._cache_bytes)
+        await self._do_all(Operation(Command.CACHE, piece.offset, piece.length) for piece in pieces)
 
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         assert 0 <= offset <= offset + length <= self.size
@@ -265,7 +293,7 @@ class NbdDevice(BlockDevice):
         Answers for at least one byte, and perhaps for less than `length`.
         """
         area = Extent(offset, length)
-        whole = self._whole(Extent(offset, min(length, RANGE_BYTES_MAX)))
+        whole = self._whole(Extent(offset, min(length, self._range_bytes)))
         operation = Operation(Command.BLOCK_STATUS, whole.offset, whole.length)
         [reply] = await self._session.perform(operation)
         if reply.error:

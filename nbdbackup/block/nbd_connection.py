@@ -3,7 +3,8 @@
 A connection negotiates, carries operations until it is lost, and then hands back those that have
 no reply yet (`abandon`): whether to send them again is for `block/nbd_session.py` to say.
 
-asyncio's transport moves the bytes; `nbd.client` and `nbd.reply_parser` know what they mean. What a
+asyncio's transport moves the bytes; `nbd.client` and `nbd.reply_parser` know what they mean, and the
+latter where they belong: a large read goes from the socket into the reader's own buffer. What a
 server may make us wait for or keep is bounded: a handshake by `connect_timeout_s`, a reply by
 `reply_timeout_s` without a byte from the server while any is due, operations in flight by
 `OPERATIONS_MAX`, bytes that wait for the socket by `WRITE_BUFFER_BYTES` and one operation more.
@@ -24,7 +25,8 @@ from nbdbackup.nbd.reply_parser import Reply, ReplyParser
 from nbdbackup.nbd.uri import NbdUri
 from nbdbackup.tls.credentials import explain
 
-RECEIVE_BYTES = 256 << 10
+RECEIVE_BYTES = 16 << 10
+"""At once in the handshake, and where what is received does not matter any more."""
 OPERATIONS_MAX = 64
 WRITE_BUFFER_BYTES = 1 << 20
 INLINE_PAYLOAD_BYTES = 64 << 10
@@ -89,18 +91,19 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection to `uri` for `owner`; made by `connect`. Set once negotiated: `export`."""
+    """A connection for `owner` that begins with `negotiation`; made by `connect`.
+
+    Set once negotiated: `export`.
+    """
 
     export: RemoteExport
 
-    def __init__(self, uri: NbdUri, contexts: tuple[str, ...], limits: Limits, owner: Owner) -> None:
+    def __init__(self, negotiation: ClientNegotiation, limits: Limits, owner: Owner) -> None:
         self._loop = asyncio.get_running_loop()
         self._limits = limits
         self._owner = owner
         self._transport: asyncio.Transport | None = None
-        self._negotiation: ClientNegotiation | None = ClientNegotiation(
-            uri.export, contexts=contexts, tls=uri.tls
-        )
+        self._negotiation: ClientNegotiation | None = negotiation
         self._negotiated: asyncio.Future[Exception | None] = self._loop.create_future()
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self._received = memoryview(bytearray(RECEIVE_BYTES))
@@ -140,7 +143,9 @@ class Connection(asyncio.BufferedProtocol):
         self._operations[self._cookie] = operation
         command, offset, length = operation.command, operation.offset, operation.length
         self._parser.expect(command, self._cookie, offset, length, operation.buffer)
-        head = encode_request(command, self._cookie, offset, length, operation.flags)
+        head = encode_request(
+            command, self._cookie, offset, length, operation.flags, extended=self.export.extended_headers
+        )
         if len(operation.payload) <= INLINE_PAYLOAD_BYTES:
             self._transport.write(head + operation.payload)
         else:
@@ -173,7 +178,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is None:
             return
         if not self._transport.is_closing():
-            self._transport.write(encode_request(Command.DISC, 0, 0, 0))
+            extended = self._negotiation is None and self.export.extended_headers
+            self._transport.write(encode_request(Command.DISC, 0, 0, 0, extended=extended))
             self._transport.close()
         if not await _settled(self._closed, self._limits.connect_timeout_s):
             self._transport.abort()
@@ -216,18 +222,20 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.write(self._negotiation.tls_started())
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._received
+        # Once the connection is given up, its reads may be done on another, into the same memory.
+        if self._is_given_up or self._negotiation is not None:
+            return self._received
+        return self._parser.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._cause is not None or self._is_leaving:
+        if self._is_given_up:
             return
         self._heard_at = self._loop.time()
-        data = self._received[:nbytes]
         try:
             if self._negotiation is None:
-                self._take_replies(data)
+                self._take_replies(self._parser.received(nbytes))
             else:
-                self._negotiate(self._negotiation, data)
+                self._negotiate(self._negotiation, self._received[:nbytes])
         except NbdBackupError as error:
             self.fail(error)
 
@@ -257,6 +265,10 @@ class Connection(asyncio.BufferedProtocol):
 
     # Below.
 
+    @property
+    def _is_given_up(self) -> bool:
+        return self._cause is not None or self._is_leaving
+
     def _negotiate(self, negotiation: ClientNegotiation, data: memoryview) -> None:
         assert self._transport is not None
         self._transport.write(negotiation.receive(data))
@@ -266,13 +278,14 @@ class Connection(asyncio.BufferedProtocol):
         self.export = negotiation.result
         self._parser = ReplyParser(
             structured=self.export.structured_replies,
+            extended=self.export.extended_headers,
             context_ids=[number for number, _ in self.export.contexts],
         )
         self._negotiated.set_result(None)
-        self._take_replies(negotiation.leftover)
+        self._take_replies(self._parser.receive(negotiation.leftover))
 
-    def _take_replies(self, data: memoryview | bytes) -> None:
-        for reply in self._parser.receive(data):
+    def _take_replies(self, replies: list[Reply]) -> None:
+        for reply in replies:
             operation = self._operations.pop(reply.cookie, None)
             if operation is None:
                 return  # abandoned by what an earlier reply led to
@@ -292,16 +305,16 @@ class Connection(asyncio.BufferedProtocol):
 
 
 async def connect(
-    uri: NbdUri, tls: ClientTls | None, contexts: tuple[str, ...], limits: Limits, owner: Owner
+    uri: NbdUri, tls: ClientTls | None, negotiation: ClientNegotiation, limits: Limits, owner: Owner
 ) -> Connection:
-    """Connect to `uri`, with `tls` if it says so, and negotiate its export; see `Connection` for the rest.
+    """Connect to `uri`, with `tls` if it says so, and negotiate; see `Connection` for the rest.
 
     Raises:
         OSError: nobody can be reached there, or not within `limits`.
         NotFoundError, ProtocolError: the server has no such export, refuses it, or is none.
     """
     loop = asyncio.get_running_loop()
-    connection = Connection(uri, contexts, limits, owner)
+    connection = Connection(negotiation, limits, owner)
     try:
         async with asyncio.timeout(limits.connect_timeout_s):
             sock = await connected_socket(uri)

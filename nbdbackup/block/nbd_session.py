@@ -35,8 +35,9 @@ from nbdbackup.block.nbd_journal import BYTES_MAX as JOURNAL_BYTES_MAX
 from nbdbackup.block.nbd_journal import Journal
 from nbdbackup.block.nbd_tls import client_tls
 from nbdbackup.errors import DeviceError, NbdBackupError, NotFoundError, ProtocolError
-from nbdbackup.nbd.client import RemoteExport
+from nbdbackup.nbd.client import ClientNegotiation, RemoteExport
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, Errno, TransmissionFlags
+from nbdbackup.nbd.replies import shown_text
 from nbdbackup.nbd.reply_parser import Reply
 from nbdbackup.nbd.uri import NbdUri
 
@@ -68,6 +69,9 @@ class RemoteOptions:
     connections_max: int = CONNECTIONS_MAX
     """At once, if the server allows more than one."""
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    structured_replies: bool = True
+    extended_headers: bool = True
+    """Whether to ask for them; a server may have less."""
     limits: Limits = field(default_factory=Limits)
     journal_bytes_max: int = JOURNAL_BYTES_MAX
 
@@ -399,7 +403,14 @@ class RemoteSession:
             self._note_unsafe(f"a write failed when it was done again after a reconnect: {reason(outcome)}")
 
     async def _connect(self) -> Connection:
-        return await connect(self.uri, self._tls, self.options.contexts, self.options.limits, self)
+        negotiation = ClientNegotiation(
+            self.uri.export,
+            want_structured=self.options.structured_replies,
+            want_extended=self.options.extended_headers,
+            contexts=self.options.contexts,
+            tls=self.uri.tls,
+        )
+        return await connect(self.uri, self._tls, negotiation, self.options.limits, self)
 
 
 def cannot_connect(uri: NbdUri, error: Exception) -> NbdBackupError:
@@ -418,7 +429,7 @@ def reason(reply: Reply) -> str:
         name = f"{Errno(reply.error).name}, {os.strerror(reply.error)}"
     except ValueError:
         name = f"error {reply.error}"
-    return f"{' '.join(reply.text.split())} ({name})" if reply.text else name
+    return f"{shown_text(reply.text)} ({name})" if reply.text else name
 
 
 def _load(connection: Connection) -> tuple[bool, int]:
@@ -434,11 +445,13 @@ def _difference(before: RemoteExport, after: RemoteExport) -> str:
     """How `after` is another disk than `before`; "" if it is the same."""
     if after.size != before.size:
         return f"it has {after.size} bytes, not {before.size}"
+    forms = [(export.structured_replies, export.extended_headers) for export in (before, after)]
+    if forms[0] != forms[1]:
+        return "its kind of replies has changed"
     if after.flags != before.flags:
         return f"its flags are {after.flags!r}, not {before.flags!r}"
-    sizes = [(e.block_size_min, e.payload_bytes_max, e.structured_replies) for e in (before, after)]
-    if sizes[0] != sizes[1]:
-        return "its block sizes or its kind of replies have changed"
+    if (before.block_size_min, before.payload_bytes_max) != (after.block_size_min, after.payload_bytes_max):
+        return "its block sizes have changed"
     if {name for _, name in before.contexts} != {name for _, name in after.contexts}:
         return "its meta contexts have changed"
     return ""

@@ -32,6 +32,7 @@ do, its block sizes and its meta contexts. Nothing is written, and nothing is lo
 _CAN = {
     "is_rotational": TransmissionFlags.ROTATIONAL,
     "is_read_only": TransmissionFlags.READ_ONLY,
+    "can_block_status_payload": TransmissionFlags.BLOCK_STATUS_PAYLOAD,
     "can_cache": TransmissionFlags.SEND_CACHE,
     "can_df": TransmissionFlags.SEND_DF,
     "can_fast_zero": TransmissionFlags.SEND_FAST_ZERO,
@@ -131,17 +132,19 @@ async def _show_exports(options: InfoOptions) -> int:
         contexts = await list_contexts(options.image) if export.structured_replies else []
         found = [Described(options.image, export, export.description, contexts)]
     structured = all(described.export.structured_replies for described in found)
+    extended = bool(found) and all(described.export.extended_headers for described in found)
     if options.json:
         print_json(
             {
                 "protocol": "newstyle-fixed",
                 "TLS": here.tls,
                 "structured": structured,
+                "extended": extended,
                 "exports": [described.as_json() for described in found],
             }
         )
         return ExitStatus.DONE
-    packets = "structured" if structured else "simple"
+    packets = "extended" if extended else "structured" if structured else "simple"
     print(f"protocol: newstyle-fixed {'with' if here.tls else 'without'} TLS, using {packets} packets")
     for described in found:
         _print_export(described)

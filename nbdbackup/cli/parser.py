@@ -151,6 +151,11 @@ def control_path(given: Path | None) -> Path:
     return Path(os.environ.get("XDG_RUNTIME_DIR") or "/run") / "nbdbackup" / "control.sock"
 
 
+def is_control_given(given: Path | None) -> bool:
+    """Whether `control_path` is what somebody asked for, and not the default."""
+    return given is not None or bool(os.environ.get("NBDBACKUP_CONTROL"))
+
+
 def state_directory(given: Path | None) -> Path:
     """The state directory that is meant when `--state-dir` is `given`, or is not."""
     if given is not None:

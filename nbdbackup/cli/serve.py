@@ -20,11 +20,13 @@ from nbdbackup.cli.parser import (
     argument_type,
     control_path,
     count,
+    is_control_given,
     only,
     seconds,
     state_directory,
 )
 from nbdbackup.daemon import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, TlsOptions, UnixAddress
+from nbdbackup.daemon.options import STOP_TIMEOUT_S
 from nbdbackup.daemon.systemd import take_inherited_sockets
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
 from nbdbackup.nbd import uri as nbd_uri
@@ -135,6 +137,14 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "-t", "--persistent", action="store_true", help="go on when the last client has left (the default)"
     )
+    parser.add_argument(
+        "--stop-timeout",
+        type=seconds,
+        default=STOP_TIMEOUT_S,
+        metavar="SECONDS",
+        help="once it is to stop, the server ends within this time: if a disk hangs, the others are flushed, "
+        f"it says what it left undone, and its status is 1 (default {STOP_TIMEOUT_S:g}; 0: no limit)",
+    )
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
     add_verbose(parser)
     parser.set_defaults(run=run)
@@ -175,7 +185,7 @@ def _add_tls(parser: Parser) -> None:
         type=Path,
         metavar="DIR",
         help="certificates, named as QEMU and nbdkit have them: ca-cert.pem, server-cert.pem, "
-        "server-key.pem, and ca-crl.pem if some are revoked; read once, at the start",
+        "server-key.pem, and ca-crl.pem if some are revoked; new ones count for new connections",
     )
     parser.add_argument(
         "--tls-psk",
@@ -202,6 +212,14 @@ def _add_tls(parser: Parser) -> None:
         type=Path,
         metavar="FILE",
         help="distinguished names as for --tls-authz, one a line",
+    )
+    parser.add_argument(
+        "--export-authz",
+        action="append",
+        default=[],
+        metavar="EXPORT=NAME",
+        help="this export and its snapshots exist only for the TLS client of this distinguished name, or, "
+        "with --tls-psk, of this key's name (may be repeated, for several clients and exports)",
     )
     parser.add_argument(
         "--tls-only",
@@ -257,11 +275,13 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
     sources = _sources(namespace.sources, namespace.export_name, namespace.format)
     tls = tls_options(namespace)
     return ServeOptions(
-        sources=_mark_read_only(sources, namespace.read_only_export),
+        sources=_authorise(_mark_read_only(sources, namespace.read_only_export), namespace.export_authz, tls),
         listeners=_inherited_listeners(namespace)
         or _listeners(namespace.bind, namespace.port, namespace.socket),
         allowed=tuple(namespace.allow),
         control=_socket_path("--control", str(control_path(namespace.control))),
+        # A mistyped path must fail, and not come into being; the default one is ours to make.
+        makes_control_directory=not is_control_given(namespace.control),
         state_dir=state_directory(namespace.state_dir).absolute(),
         read_only=namespace.read_only,
         clients_max=namespace.shared,
@@ -273,6 +293,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,
         exit_on_last=namespace.exit_on_last,
+        stop_timeout_s=namespace.stop_timeout,
     )
 
 
@@ -360,6 +381,27 @@ def _mark_read_only(sources: tuple[SourceSpec, ...], names: list[str]) -> tuple[
         if name not in known:
             raise UsageError(f"--read-only-export {name}: no SOURCE is called so, only {', '.join(known)}")
     return tuple(replace(source, read_only=source.name in names) for source in sources)
+
+
+def _authorise(
+    sources: tuple[SourceSpec, ...], arguments: list[str], tls: TlsOptions | None
+) -> tuple[SourceSpec, ...]:
+    """`sources` with the clients that `arguments`, each EXPORT=NAME, let see them."""
+    if arguments and tls is None:
+        raise UsageError("--export-authz needs --tls-creds or --tls-psk: TLS tells who a client is")
+    names: dict[str, list[str]] = {source.name: [] for source in sources}
+    for argument in arguments:
+        # Names of exports may have a '=' in them, and those of clients mostly do.
+        export = next((name for name in names if argument.startswith(f"{name}=")), None)
+        if export is None:
+            raise UsageError(
+                f"--export-authz {argument}: not EXPORT=NAME with an EXPORT out of {', '.join(names)}"
+            )
+        name = argument.removeprefix(f"{export}=")
+        if not name:
+            raise UsageError(f"--export-authz {argument}: names no client")
+        names[export].append(name)
+    return tuple(replace(source, authorised=tuple(names[source.name])) for source in sources)
 
 
 def _inherited_listeners(namespace: argparse.Namespace) -> tuple[InheritedSocket, ...]:

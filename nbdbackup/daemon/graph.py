@@ -1,14 +1,15 @@
 """Every node of the daemon by its name, and what each is used for."""
 
+import asyncio
+import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
 from nbdbackup.block.open import open_device
-from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, UsageError
 from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode
 from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.server.exports import ExportTable
@@ -108,16 +109,31 @@ class Graph:
             await entry.node.root.close()
 
     async def close(self) -> None:
-        """Flush and close every node; nothing may be in flight.
+        """Flush and close every node; nothing may be in flight. Those that could be are gone then.
 
         Raises:
             OSError: one could not be flushed or closed; the others were none the less.
         """
-        async with AsyncExitStack() as stack:
-            while self._entries:
-                _, entry = self._entries.popitem()
-                if entry.child is None:
-                    stack.push_async_callback(_flush_and_close, entry.node.root)
+        # At once: a disk that hangs must not keep the others from being flushed.
+        closing = [self._close(name, entry) for name, entry in self._entries.items()]
+        for outcome in await asyncio.gather(*closing, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+
+    async def _close(self, name: str, entry: Entry) -> None:
+        try:
+            if entry.child is None:
+                await _flush_and_close(entry.node.root)
+        except DeviceError:
+            raise
+        except OSError as error:
+            raise DeviceError(
+                error.errno or errno.EIO,
+                f"{name} could not be flushed, and what was written to it may be lost: "
+                f"{error.strerror or error}",
+            ) from error
+        # Only now: until it is flushed, it counts as open.
+        del self._entries[name]
 
     def _info(self, entry: Entry) -> NodeInfo:
         node = entry.node

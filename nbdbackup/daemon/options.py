@@ -6,6 +6,9 @@ from pathlib import Path
 from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.server.listener import AddressRange
 
+STOP_TIMEOUT_S = 60.0
+"""Less than service managers wait before they kill."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
@@ -17,6 +20,8 @@ class SourceSpec:
     """"raw", or None for raw after checking that the content does not look like another format."""
     read_only: bool = False
     """Refuse every write to this one, whatever holds for the others."""
+    authorised: tuple[str, ...] = ()
+    """Distinguished names, or names of pre-shared keys: nobody else is shown it; none: all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ class ServeOptions:
     listeners: tuple[TcpAddress | UnixAddress | InheritedSocket, ...]
     control: Path
     state_dir: Path
+    makes_control_directory: bool = False
+    """Whether the control socket's directory is made if it is missing."""
     read_only: bool = False
     clients_max: int = 0
     """0: no limit."""
@@ -82,3 +89,5 @@ class ServeOptions:
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""
     exit_on_last: bool = False
+    stop_timeout_s: float = STOP_TIMEOUT_S
+    """Once it shall end, it does within this time, whatever it has to leave undone; 0: no limit."""

@@ -6,19 +6,20 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.open import is_remote, open_device
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.ending import Ending
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.systemd import keep_notifying, notify
-from nbdbackup.daemon.tls import server_tls, warn_if_open
+from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
 from nbdbackup.daemon.transaction import Transactions
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.events import Event
@@ -39,7 +40,8 @@ DESCRIPTORS_MAX = 65536
 class Stop:
     """The request to end. It may come more than once; the first `reason` counts (QMP's ShutdownCause)."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_request: Callable[[], None]) -> None:
+        self._on_request = on_request
         self._requested = asyncio.Event()
         self.reason = "host-ui"
 
@@ -48,6 +50,7 @@ class Stop:
         if not self._requested.is_set():
             self.reason = reason
             self._requested.set()
+            self._on_request()
 
     def request_by_qmp(self) -> None:
         """Ask the daemon to end, as a monitor's client does."""
@@ -70,38 +73,52 @@ async def serve(options: ServeOptions) -> int:
         state = StateDirectory(options.state_dir)
         state.open()
         stack.callback(state.close)
-        tls = server_tls(options.tls)
+        tls = server_tls(options)
         exports = ExportTable()
         graph = Graph(exports)
+        leftovers = [path for path in (options.control, options.pid_file) if path is not None]
+        ending = Ending(options.stop_timeout_s, graph, leftovers)
+        stack.callback(ending.close)
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
         _raise_descriptor_limit()
         server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
         warn_if_open(server.listeners, options)
         try:
-            return await _run(options, stack, state, graph, server)
+            return await _run(options, stack, state, graph, server, ending)
         except ExceptionGroup as group:
             failure = failure_in(group)
             if failure is None:
                 raise
             raise failure from None
+        finally:
+            ending.begin()
 
 
 async def _run(
-    options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
+    options: ServeOptions,
+    stack: AsyncExitStack,
+    state: StateDirectory,
+    graph: Graph,
+    server: Server,
+    ending: Ending,
 ) -> int:
-    stop = Stop()
+    stop = Stop(ending.begin)
+    ending.server = server
     snapshots = Snapshots(graph, server, state.scratch)
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
-        jobs = JobRegistry(tasks)
+        jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
         services = Services(jobs, snapshots, backups, graph, Transactions(), stop.request_by_qmp)
+        if options.makes_control_directory:
+            options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 status = await _serve_until(options, server, stop)
+                ending.begin()
                 notify("STOPPING=1")
                 control.publish(Event("SHUTDOWN", {"guest": False, "reason": stop.reason}))
                 logger.info("stopping: finishing what is in flight")
@@ -179,7 +196,8 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
             await device.close()
             raise
         tls_only = source.name in options.tls_only
-        exports.add(Export(source.name, node, options.description, read_only, tls_only))
+        authorised = clients_of(source, options.tls)
+        exports.add(Export(source.name, node, options.description, read_only, tls_only, authorised))
 
 
 def _remote_options(options: ServeOptions) -> RemoteOptions:

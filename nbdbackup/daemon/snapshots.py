@@ -104,9 +104,16 @@ class Snapshots:
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self._server.exports
-        tls_only = any(export.tls_only for export in exports if export.node is snapshot.plan.node)
+        tls_only, authorised = exports.access_to(snapshot.plan.node)
         exports.add(
-            Export(snapshot.export_name, snapshot.view, description, read_only=True, tls_only=tls_only)
+            Export(
+                snapshot.export_name,
+                snapshot.view,
+                description,
+                read_only=True,
+                tls_only=tls_only,
+                authorised=authorised,
+            )
         )
 
     def _check_free(self, export_name: str) -> None:
@@ -114,7 +121,7 @@ class Snapshots:
             raise UsageError(f"{export_name[:40]}... is too long for an export: choose a shorter --name")
         if export_name in self._snapshots or export_name in self._names_being_made:
             raise ConflictError(f"snapshot {export_name} exists already: drop it, or choose another --name")
-        if self._server.exports.find(export_name) is not None:
+        if export_name in self._server.exports:
             raise ConflictError(f"there is an export called {export_name} already: choose another --name")
 
     def _info(self, snapshot: Snapshot) -> SnapshotInfo:

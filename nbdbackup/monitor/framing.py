@@ -13,6 +13,7 @@ The tokens are QEMU's: JSON's, and strings in single quotes.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _parse(tokens: list[_Token]) -> Json | JsonStreamError:
     """The value that the tokens make."""
     try:
         text = b" ".join(_requoted(token) for token in tokens).decode()
-        value: Json = json.loads(text, object_pairs_hook=_object)
+        value: Json = json.loads(text, object_pairs_hook=_object, parse_float=_finite)
         if "\\u" in text:
             # The json module lets half a surrogate pair through; nothing could print it.
             json.dumps(value, ensure_ascii=False).encode()
@@ -183,8 +184,19 @@ def _parse(tokens: list[_Token]) -> Json | JsonStreamError:
         return JsonStreamError(f"JSON parse error, \\u{code:04X} is not a valid Unicode character")
     except UnicodeDecodeError:
         return JsonStreamError("JSON parse error, invalid UTF-8 sequence in string")
-    except ValueError:
+    except json.JSONDecodeError:
         return JsonStreamError(f"JSON parse error, {_explain(tokens)}")
+    except ValueError:
+        # Also an integer with more digits than Python takes.
+        return JsonStreamError("JSON parse error, number out of range")
+    return value
+
+
+def _finite(text: str) -> float:
+    """The number, which must not be infinite: an answer that repeats it could not be written as JSON."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("out of range")
     return value
 
 

@@ -162,7 +162,7 @@ async def monitor(path: Path, services: Services) -> AsyncIterator[MonitorServer
 
     Raises:
         ConflictError: something else is at `path`, or listens there.
-        UsageError: `path` is too long for a socket.
+        UsageError: `path` is too long for a socket, or its directory does not exist.
         OSError: the socket cannot be made there.
     """
     server = MonitorServer(services)
@@ -190,7 +190,6 @@ def _listening(path: Path) -> Iterator[socket.socket]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     with listener:
         _make_way(path)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _bind(listener, path)
         ours = os.lstat(path)
         try:
@@ -217,6 +216,11 @@ def _bind(listener: socket.socket, path: Path) -> None:
             ) from error
         if error.errno == errno.EADDRINUSE:
             raise ConflictError(f"The control socket {path} was taken just now by another server") from error
+        if error.errno == errno.ENOENT:
+            raise UsageError(
+                f"There is no directory {path.parent} for the control socket; "
+                "make it, or give another path with --control"
+            ) from error
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.umask(previous_mask)

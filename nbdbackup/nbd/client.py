@@ -1,10 +1,11 @@
 """Fixed newstyle negotiation, client role: what a server is asked, in order, and what it answers.
 
-    greeting --> STRUCTURED_REPLY --> SET_META_CONTEXT --> GO --> result
-                 (if wanted)          (if that was granted) \\-- ERR_UNSUP --> EXPORT_NAME --> result
+    greeting --> EXTENDED_HEADERS --> STRUCTURED_REPLY --> SET_META_CONTEXT --> GO --> result
+                 (if wanted)          (if wanted, and      (if either was       |
+                                      that was refused)    granted)             +-- ERR_UNSUP --> EXPORT_NAME
 
-A server may refuse the first two: the result says what it granted. One that is too old for GO,
-or for options at all, is asked with EXPORT_NAME.
+A server may refuse all but the last: the result says what it granted. One that is too old for GO,
+or for options at all, is asked with EXPORT_NAME, which extended headers do not go with.
 
 The server is not trusted: what it sends is bounded, checked against what was asked, and a
 breach is a `ProtocolError`.
@@ -20,9 +21,11 @@ from nbdbackup.nbd.client_options import OptionExchange, error_name, reason
 from nbdbackup.nbd.constants import (
     BASE_ALLOCATION,
     BLOCK_SIZE_MIN_LARGEST,
+    EXTENDED_REQUEST_MAGIC,
     PAYLOAD_BYTES_ADVERTISED,
     REQUEST_MAGIC,
     Command,
+    CommandFlags,
     HandshakeFlags,
     InfoType,
     Option,
@@ -44,11 +47,14 @@ class RemoteExport:
     size: int
     flags: TransmissionFlags
     structured_replies: bool
+    """READ and BLOCK_STATUS are answered in chunks."""
     contexts: tuple[tuple[int, str], ...]
     """(id, name) of each meta context that BLOCK_STATUS will answer."""
     block_size_min: int = 1
     block_size_preferred: int = 4096
     payload_bytes_max: int = PAYLOAD_BYTES_ADVERTISED
+    extended_headers: bool = False
+    """Requests and replies have lengths of 64 bits; `structured_replies` is then true as well."""
 
 
 class ClientNegotiation(OptionExchange):
@@ -62,21 +68,24 @@ class ClientNegotiation(OptionExchange):
         export_name: str,
         *,
         want_structured: bool = True,
+        want_extended: bool = False,
         contexts: tuple[str, ...] = (BASE_ALLOCATION,),
         tls: bool = False,
     ) -> None:
-        """`contexts` are asked for only where `want_structured`, which they need."""
+        """`contexts` are asked for only where structured or extended replies were granted."""
         super().__init__(tls=tls)
         self.result: RemoteExport | None = None
 
         # Set once.
         self._export_name = export_name
         self._want_structured = want_structured
+        self._want_extended = want_extended
         self._want_contexts = contexts
 
         # What was learnt.
         self._awaits_export_name_reply = False
         self._structured = False
+        self._extended = False
         self._contexts: dict[int, str] = {}
         self._name: str | None = None
         self._description = ""
@@ -111,6 +120,12 @@ class ClientNegotiation(OptionExchange):
 
     # What is sent.
 
+    def _ask_structured(self) -> None:
+        if self._want_structured:
+            self._send(Option.STRUCTURED_REPLY)
+        else:
+            self._send_go()
+
     def _send_set_meta_context(self) -> None:
         request = messages.MetaContextRequest(self._export_name, self._want_contexts)
         self._send(Option.SET_META_CONTEXT, messages.META_CONTEXT_REQUEST.build(request))
@@ -130,10 +145,10 @@ class ClientNegotiation(OptionExchange):
     def _on_greeting(self, flags: HandshakeFlags) -> None:
         if not flags & HandshakeFlags.FIXED_NEWSTYLE:
             self._send_export_name()
-        elif self._want_structured:
-            self._send(Option.STRUCTURED_REPLY)
+        elif self._want_extended:
+            self._send(Option.EXTENDED_HEADERS)
         else:
-            self._send_go()
+            self._ask_structured()
 
     def _on_item(self, reply: int, payload: bytes) -> bool:
         if reply == OptionReply.INFO and self._option is Option.GO:
@@ -145,8 +160,9 @@ class ClientNegotiation(OptionExchange):
         return True
 
     def _on_ack(self) -> None:
-        if self._option is Option.STRUCTURED_REPLY:
+        if self._option in (Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS):
             self._structured = True
+            self._extended = self._option is Option.EXTENDED_HEADERS
             if self._want_contexts:
                 self._send_set_meta_context()
             else:
@@ -157,10 +173,12 @@ class ClientNegotiation(OptionExchange):
             self._finish()
 
     def _on_error(self, reply: int, payload: bytes) -> None:
-        if self._option is not Option.GO:
+        if self._option is Option.EXTENDED_HEADERS:
+            self._ask_structured()
+        elif self._option is not Option.GO:
             self._contexts.clear()
             self._send_go()
-        elif reply == OptionReply.ERR_UNSUP:
+        elif reply == OptionReply.ERR_UNSUP and not self._extended:
             self._send_export_name()
         elif reply == OptionReply.ERR_UNKNOWN:
             raise NotFoundError(f"the server has no export named {self._shown}{reason(payload)}")
@@ -218,10 +236,20 @@ class ClientNegotiation(OptionExchange):
             block_size_min=minimum,
             block_size_preferred=preferred,
             payload_bytes_max=sizes.payload_max,
+            extended_headers=self._extended,
         )
         self._end()
 
 
-def encode_request(command: Command, cookie: int, offset: int, length: int, flags: int = 0) -> bytes:
-    """A request's head with CommandFlags `flags`; the `length` bytes of a WRITE go right behind it."""
-    return layout.REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+def encode_request(
+    command: Command, cookie: int, offset: int, length: int, flags: int = 0, *, extended: bool = False
+) -> bytes:
+    """A request's head with CommandFlags `flags`; the `length` bytes of a WRITE go right behind it.
+
+    Only with `extended` headers, which say so themselves, may `length` exceed 32 bits.
+    """
+    if not extended:
+        return layout.REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+    if command == Command.WRITE:
+        flags |= CommandFlags.PAYLOAD_LEN
+    return layout.EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length)

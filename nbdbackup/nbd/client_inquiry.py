@@ -1,7 +1,9 @@
 """Asking a server what it has, without choosing an export.
 
-    greeting --> LIST --> STRUCTURED_REPLY --> LIST_META_CONTEXT of each export --> ABORT
-                 (if wanted)                   (if that was granted)
+    greeting --> LIST --> EXTENDED_HEADERS --> STRUCTURED_REPLY --> LIST_META_CONTEXT of each export --> ABORT
+                 (if wanted)                   (if that was refused) (if either was granted)
+
+Extended headers come first because a server does not show others the contexts that need them.
 
 Each question may be refused without harm but LIST, which is refused with its reason: what the
 server does not tell is not there.
@@ -35,7 +37,7 @@ class ClientInquiry(OptionExchange):
     def _on_greeting(self, flags: HandshakeFlags) -> None:
         if not flags & HandshakeFlags.FIXED_NEWSTYLE:
             raise ProtocolError("the server is too old to be asked what it has")
-        self._send(Option.LIST if self._want_list else Option.STRUCTURED_REPLY)
+        self._send(Option.LIST if self._want_list else Option.EXTENDED_HEADERS)
 
     def _on_item(self, reply: int, payload: bytes) -> bool:
         if reply == OptionReply.SERVER and self._option is Option.LIST:
@@ -52,16 +54,19 @@ class ClientInquiry(OptionExchange):
 
     def _on_ack(self) -> None:
         if self._option is Option.LIST:
-            self._send(Option.STRUCTURED_REPLY)
+            self._send(Option.EXTENDED_HEADERS)
         else:
-            if self._option is Option.STRUCTURED_REPLY:
+            if self._option in (Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY):
                 self._to_ask = list(reversed(self.descriptions))
             self._ask_next()
 
     def _on_error(self, reply: int, payload: bytes) -> None:
         if self._option is Option.LIST:
             raise ProtocolError(f"the server does not list its exports: {error_name(reply)}{reason(payload)}")
-        self._ask_next()
+        if self._option is Option.EXTENDED_HEADERS:
+            self._send(Option.STRUCTURED_REPLY)
+        else:
+            self._ask_next()
 
     def _ask_next(self) -> None:
         if not self._to_ask:

@@ -26,6 +26,7 @@ from nbdbackup.nbd.constants import (
     Option,
     OptionReply,
 )
+from nbdbackup.nbd.replies import shown_text
 
 REPLY_BYTES_MAX = 64 << 10
 """Payload of one option reply; the longest that is legal holds two strings."""
@@ -228,12 +229,13 @@ class OptionExchange(ABC):
 
 
 def reason(payload: bytes) -> str:
-    """The server's own words in an error reply, with a colon before them, if they are fit to be shown."""
+    """The server's own words in an error reply, with a colon before them, if it has any that are legal."""
     try:
         text = messages.OPTION_ERROR_TEXT.parse(payload[:STRING_BYTES_MAX]).text
     except ProtocolError:
         return ""
-    return f": {' '.join(text.split())}" if text else ""
+    shown = shown_text(text)
+    return f": {shown}" if shown else ""
 
 
 def error_name(reply: int) -> str:

@@ -58,6 +58,12 @@ def display_text(text: str) -> str:
     return encoded[:STRING_BYTES_MAX].decode("utf-8", "ignore")
 
 
+def shown_text(text: str) -> str:
+    """A peer's words as a person may be shown them: one line, and nothing that a terminal obeys."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 # Encoders.
 
 
@@ -123,22 +129,28 @@ def _head(kind: ReplyType, cookie: int, length: int, *, done: bool) -> bytes:
 # Decoders.
 
 
-def parse_block_status(payload: bytes) -> tuple[int, tuple[messages.BlockStatusExtent, ...]]:
-    """The context id and the extents of a BLOCK_STATUS chunk, extents at least one.
+def parse_block_status(
+    payload: bytes | bytearray, *, extended: bool = False
+) -> tuple[int, tuple[messages.BlockStatusExtent, ...]]:
+    """The context id and the extents of a BLOCK_STATUS (or BLOCK_STATUS_EXT) chunk, extents at least one.
 
     Raises:
         ProtocolError: the payload is no such thing, or has more extents than the limit.
     """
-    head_bytes, extent_bytes = layout.BLOCK_STATUS_HEAD.size, layout.BLOCK_STATUS_EXTENT.size
-    count, rest = divmod(len(payload) - head_bytes, extent_bytes)
+    head, extent = layout.BLOCK_STATUS_HEAD, layout.BLOCK_STATUS_EXTENT
+    if extended:
+        head, extent = layout.BLOCK_STATUS_EXT_HEAD, layout.BLOCK_STATUS_EXT_EXTENT
+    count, rest = divmod(len(payload) - head.size, extent.size)
     if count < 1 or rest:
         raise ProtocolError(f"BLOCK_STATUS chunk of {len(payload)} bytes is malformed")
     if count > STATUS_EXTENTS_MAX:
         raise ProtocolError(
             f"BLOCK_STATUS chunk with {count} extents, over the limit of {STATUS_EXTENTS_MAX}"
         )
-    (context_id,) = layout.BLOCK_STATUS_HEAD.unpack_from(payload)
-    pairs = layout.BLOCK_STATUS_EXTENT.iter_unpack(memoryview(payload)[head_bytes:])
+    context_id, *told = head.unpack_from(payload)
+    if extended and told != [count]:
+        raise ProtocolError(f"BLOCK_STATUS chunk says that it has {told[0]} extents and has {count}")
+    pairs = extent.iter_unpack(memoryview(payload)[head.size :])
     return context_id, tuple(messages.BlockStatusExtent(length, flags) for length, flags in pairs)
 
 

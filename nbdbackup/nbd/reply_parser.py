@@ -1,24 +1,30 @@
 """Replies of the transmission phase, client role: from chunks in any order to whole answers.
 
-Each request is announced with `expect` before it is sent; `receive` returns the replies that became
-complete. Chunks of different requests may be mixed, replies come in any order.
+Each request is announced with `expect` before it is sent; `received` (or `receive`, which copies) returns
+the replies that became complete. Chunks of different requests may be mixed, replies come in any order.
+
+Bytes are received where `get_buffer` says. That is a buffer of the parser's own, from which many small
+replies are taken at once; but in the middle of a large READ's data it is the rest of that READ's own
+memory, so that the data goes from the socket to where it is wanted without a copy between.
 
 Invariant: a reply without an error is whole. A READ's buffer was filled exactly once over, and a
 BLOCK_STATUS was answered for at least one context. Whatever does not fit its request (an
 unknown cookie, data outside the range or twice, a chunk that the command has no use for) is a
 `ProtocolError`: nothing behind it can be trusted.
 
-Source: the NBD specification, "Structured reply chunk message".
+Source: the NBD specification, "Simple reply message" to "Extended reply chunk message".
 """
 
 from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from struct import Struct
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd import layout, messages, replies
 from nbdbackup.nbd.constants import (
+    EXTENDED_REPLY_MAGIC,
     REPLY_TYPE_ERROR,
     SIMPLE_REPLY_MAGIC,
     STATUS_EXTENTS_MAX,
@@ -33,9 +39,17 @@ from nbdbackup.nbd.constants import (
 FRAGMENTS_MAX = 1 << 14
 """Disjoint pieces of one READ that may have arrived; a server that scatters it further is abusive."""
 
+RECEIVE_BYTES = 256 << 10
+DIRECT_BYTES_MIN = 16 << 10
+"""Of a READ's data that is still to come; less is taken together with what follows it."""
+
+_NOTHING = memoryview(b"")
 _MAGIC_BYTES = 4
 _ERROR_BYTES_MAX = 16 + STRING_BYTES_MAX
 _STATUS_BYTES_MAX = layout.BLOCK_STATUS_HEAD.size + STATUS_EXTENTS_MAX * layout.BLOCK_STATUS_EXTENT.size
+_STATUS_EXT_BYTES_MAX = (
+    layout.BLOCK_STATUS_EXT_HEAD.size + STATUS_EXTENTS_MAX * layout.BLOCK_STATUS_EXT_EXTENT.size
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +104,44 @@ class _Outstanding:
 
 class _State(Enum):
     HEAD = auto()
-    PAYLOAD = auto()
     OFFSET = auto()
     DATA = auto()
+    PAYLOAD = auto()
 
 
 class ReplyParser:
     """The server's side of one connection after negotiation.
 
-    Keeps at most one chunk's payload besides what one call brings; a READ's data goes straight on
-    to its buffer.
+    Keeps at most one chunk's payload and `RECEIVE_BYTES`; a READ's data goes straight on to its buffer.
     """
 
-    def __init__(self, *, structured: bool, context_ids: Collection[int] = ()) -> None:
+    def __init__(
+        self, *, structured: bool, extended: bool = False, context_ids: Collection[int] = ()
+    ) -> None:
+        """What was agreed on; with `extended` headers `structured` does not matter."""
         # Set once.
         self._structured = structured
+        self._extended = extended
         self._context_ids = frozenset(context_ids)
 
         # Changes with each request and reply.
         self._outstanding: dict[int, _Outstanding] = {}
         self._complete: list[Reply] = []
 
+        # What was received and not looked at yet.
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._start = 0
+        self._end = 0
+
         # The chunk that is being received.
         self._state = _State.HEAD
-        self._pending = bytearray()
         self._type = 0
         self._done = False
         self._cookie = 0
         self._payload_bytes = 0
-        self._unfilled = memoryview(b"")
+        self._payload = bytearray()
+        self._unfilled = _NOTHING
+        """Where the rest of its data or payload belongs."""
 
     @property
     def outstanding(self) -> int:
@@ -135,7 +158,7 @@ class ReplyParser:
         assert cookie not in self._outstanding
         assert command != Command.DISC
         if command != Command.READ:
-            buffer = memoryview(b"")
+            buffer = _NOTHING
         elif buffer is None:
             buffer = memoryview(bytearray(length))
         assert command != Command.READ or len(buffer) == length
@@ -144,14 +167,45 @@ class ReplyParser:
     def receive(self, data: bytes | bytearray | memoryview) -> list[Reply]:
         """Take any number of bytes from the server; the replies that they complete.
 
+        Raises: as `received`.
+        """
+        complete: list[Reply] = []
+        view = memoryview(data)
+        while view:
+            buffer = self.get_buffer()
+            count = min(len(buffer), len(view))
+            buffer[:count] = view[:count]
+            complete += self.received(count)
+            view = view[count:]
+        return complete
+
+    def get_buffer(self) -> memoryview:
+        """Where to put the next bytes from the server, at least one; then say `received`."""
+        return self._unfilled if self._is_direct else self._buffer[self._end :]
+
+    def received(self, count: int) -> list[Reply]:
+        """`count` bytes are where the last `get_buffer` said; the replies that they complete.
+
         Raises:
             ProtocolError: the server broke the protocol; the connection is of no more use.
         """
-        self._pending += data
+        if self._is_direct:
+            self._unfilled = self._unfilled[count:]
+        else:
+            self._end += count
         while self._step():
             pass
+        rest = self._end - self._start
+        assert not rest or self._state in (_State.HEAD, _State.OFFSET)  # less than one head
+        if self._start:
+            self._buffer[:rest] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, rest
         complete, self._complete = self._complete, []
         return complete
+
+    @property
+    def _is_direct(self) -> bool:
+        return self._state is _State.DATA and len(self._unfilled) >= DIRECT_BYTES_MIN
 
     # The machine: each step consumes one unit, or returns False for want of bytes.
 
@@ -159,28 +213,28 @@ class ReplyParser:
         match self._state:
             case _State.HEAD:
                 return self._step_head()
-            case _State.PAYLOAD:
-                return self._step_payload()
             case _State.OFFSET:
                 return self._step_offset()
-            case _State.DATA:
-                return self._step_data()
+            case _State.DATA | _State.PAYLOAD:
+                return self._step_fill()
 
     def _step_head(self) -> bool:
-        if len(self._pending) < _MAGIC_BYTES:
+        if self._end - self._start < _MAGIC_BYTES:
             return False
-        magic = int.from_bytes(self._pending[:_MAGIC_BYTES], "big")
-        if magic == SIMPLE_REPLY_MAGIC:
+        magic = int.from_bytes(self._buffer[self._start : self._start + _MAGIC_BYTES], "big")
+        if self._extended and magic == EXTENDED_REPLY_MAGIC:
+            return self._step_extended_head()
+        if not self._extended and magic == SIMPLE_REPLY_MAGIC:
             return self._step_simple_head()
-        if magic == STRUCTURED_REPLY_MAGIC and self._structured:
+        if not self._extended and self._structured and magic == STRUCTURED_REPLY_MAGIC:
             return self._step_chunk_head()
         raise ProtocolError(f"the server sent a reply with wrong magic {magic:#010x}")
 
     def _step_simple_head(self) -> bool:
-        raw = self._take(layout.SIMPLE_REPLY.size)
-        if raw is None:
+        head = self._take(layout.SIMPLE_REPLY)
+        if head is None:
             return False
-        _, error, self._cookie = layout.SIMPLE_REPLY.unpack(raw)
+        _, error, self._cookie = head
         request = self._request()
         self._done = True
         if error:
@@ -190,20 +244,40 @@ class ReplyParser:
                 "the server answered READ with a simple reply after structured ones were agreed"
             )
         elif request.command == Command.READ and request.length:
-            self._begin_data(request.claim(request.offset, request.length))
+            self._begin(_State.DATA, request.claim(request.offset, request.length))
             return True
         self._end_chunk()
         return True
 
     def _step_chunk_head(self) -> bool:
-        raw = self._take(layout.STRUCTURED_REPLY.size)
-        if raw is None:
+        head = self._take(layout.STRUCTURED_REPLY)
+        if head is None:
             return False
-        _, flags, self._type, self._cookie, self._payload_bytes = layout.STRUCTURED_REPLY.unpack(raw)
-        self._done = bool(flags & ReplyFlags.DONE)
-        self._check_chunk(self._request())
-        self._state = _State.OFFSET if self._type == ReplyType.OFFSET_DATA else _State.PAYLOAD
+        _, flags, self._type, self._cookie, self._payload_bytes = head
+        self._begin_chunk(self._request(), flags)
         return True
+
+    def _step_extended_head(self) -> bool:
+        head = self._take(layout.EXTENDED_REPLY)
+        if head is None:
+            return False
+        _, flags, self._type, self._cookie, offset, self._payload_bytes = head
+        request = self._request()
+        if offset != request.offset:
+            raise ProtocolError(
+                f"the server answered a request at offset {request.offset} as if it were at {offset}"
+            )
+        self._begin_chunk(request, flags)
+        return True
+
+    def _begin_chunk(self, request: _Outstanding, flags: int) -> None:
+        self._done = bool(flags & ReplyFlags.DONE)
+        self._check_chunk(request)
+        if self._type == ReplyType.OFFSET_DATA:
+            self._state = _State.OFFSET
+        else:
+            self._payload = bytearray(self._payload_bytes)
+            self._begin(_State.PAYLOAD, memoryview(self._payload))
 
     def _check_chunk(self, request: _Outstanding) -> None:
         """Refuse a chunk that does not go with its request before any of its payload is kept."""
@@ -217,8 +291,10 @@ class ReplyParser:
             fits = request.command == Command.READ and head_bytes < length <= head_bytes + request.length
         elif kind == ReplyType.OFFSET_HOLE:
             fits = request.command == Command.READ and length == layout.OFFSET_HOLE.size
-        elif kind == ReplyType.BLOCK_STATUS:
+        elif kind == ReplyType.BLOCK_STATUS and not self._extended:
             fits = request.command == Command.BLOCK_STATUS and length <= _STATUS_BYTES_MAX
+        elif kind == ReplyType.BLOCK_STATUS_EXT and self._extended:
+            fits = request.command == Command.BLOCK_STATUS and length <= _STATUS_EXT_BYTES_MAX
         else:
             fits = False
         if not fits:
@@ -227,24 +303,18 @@ class ReplyParser:
                 f"in answer to command {request.command:d}, which makes no sense"
             )
 
-    def _step_payload(self) -> bool:
-        payload = self._take(self._payload_bytes)
-        if payload is None:
-            return False
-        request = self._request()
+    def _on_payload(self, request: _Outstanding) -> None:
+        payload, self._payload = self._payload, bytearray()
         if self._type & REPLY_TYPE_ERROR:
-            request.error = request.error or replies.parse_error(self._type, payload)
+            request.error = request.error or replies.parse_error(self._type, bytes(payload))
         elif self._type == ReplyType.OFFSET_HOLE:
-            hole = messages.OFFSET_HOLE.parse(payload)
-            part = request.claim(hole.offset, hole.length)
+            part = request.claim(*layout.OFFSET_HOLE.unpack(payload))
             part[:] = bytes(len(part))
-        elif self._type == ReplyType.BLOCK_STATUS:
+        elif self._type in (ReplyType.BLOCK_STATUS, ReplyType.BLOCK_STATUS_EXT):
             self._on_status(request, payload)
-        self._end_chunk()
-        return True
 
-    def _on_status(self, request: _Outstanding, payload: bytes) -> None:
-        context_id, extents = replies.parse_block_status(payload)
+    def _on_status(self, request: _Outstanding, payload: bytearray) -> None:
+        context_id, extents = replies.parse_block_status(payload, extended=self._extended)
         if context_id not in self._context_ids:
             raise ProtocolError(
                 f"the server sent the status of meta context {context_id}, which was not agreed"
@@ -258,25 +328,27 @@ class ReplyParser:
         request.status[context_id] = extents
 
     def _step_offset(self) -> bool:
-        raw = self._take(layout.OFFSET_DATA_HEAD.size)
-        if raw is None:
+        head = self._take(layout.OFFSET_DATA_HEAD)
+        if head is None:
             return False
-        (offset,) = layout.OFFSET_DATA_HEAD.unpack(raw)
-        self._begin_data(self._request().claim(offset, self._payload_bytes - layout.OFFSET_DATA_HEAD.size))
+        part = self._request().claim(head[0], self._payload_bytes - layout.OFFSET_DATA_HEAD.size)
+        self._begin(_State.DATA, part)
         return True
 
-    def _begin_data(self, part: memoryview) -> None:
-        self._unfilled = part
-        self._state = _State.DATA
+    def _begin(self, state: _State, target: memoryview) -> None:
+        self._state = state
+        self._unfilled = target
 
-    def _step_data(self) -> bool:
-        taken = min(len(self._unfilled), len(self._pending))
-        with memoryview(self._pending) as view:
-            self._unfilled[:taken] = view[:taken]
-        del self._pending[:taken]
+    def _step_fill(self) -> bool:
+        taken = min(len(self._unfilled), self._end - self._start)
+        self._unfilled[:taken] = self._buffer[self._start : self._start + taken]
+        self._start += taken
         self._unfilled = self._unfilled[taken:]
         if self._unfilled:
             return False
+        self._unfilled = _NOTHING  # an empty slice would hold on to the memory of whoever reads
+        if self._state is _State.PAYLOAD:
+            self._on_payload(self._request())
         self._end_chunk()
         return True
 
@@ -305,9 +377,10 @@ class ReplyParser:
             raise ProtocolError(f"the server answered cookie {self._cookie:#x}, which nobody asked")
         return request
 
-    def _take(self, count: int) -> bytes | None:
-        if len(self._pending) < count:
+    def _take(self, head: Struct) -> tuple[int, ...] | None:
+        """The fields of a head, once all of it is there."""
+        if self._end - self._start < head.size:
             return None
-        taken = bytes(memoryview(self._pending)[:count])
-        del self._pending[:count]
-        return taken
+        fields = head.unpack_from(self._buffer, self._start)
+        self._start += head.size
+        return fields

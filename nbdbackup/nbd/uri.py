@@ -18,12 +18,16 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from nbdbackup.errors import UsageError
 from nbdbackup.nbd.constants import PORT_DEFAULT, STRING_BYTES_MAX
+from nbdbackup.nbd.replies import shown_text
 
 SCHEMES = ("nbd", "nbd+unix", "nbds", "nbds+unix")
 
 _PARAMETERS = ("socket", "tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer")
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 _FALSE = ("0", "false", "f", "no", "n", "off")
+
+_SHOWN_MAX = 200
+"""Characters of what was given, in an error."""
 
 _SAFE = "/"
 """Kept readable in export names and paths; all else that RFC 3986 does not call unreserved is encoded."""
@@ -95,7 +99,8 @@ def parse(text: str) -> NbdUri:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
-        raise _refused(text, str(error)) from None
+        # It may repeat as much of the text as there is, and as it is.
+        raise _refused(text, shown_text(str(error))[:_SHOWN_MAX]) from None
     if not is_uri(text):
         raise _refused(text, f"the scheme must be one of {', '.join(SCHEMES)}")
     if parts.fragment or text.endswith("#"):
@@ -140,7 +145,7 @@ def _parameters(text: str, query: str) -> dict[str, str]:
     for pair in query.split("&") if query else ():
         key, separator, value = pair.partition("=")
         if key not in _PARAMETERS:
-            raise _refused(text, f"query parameter {key!r} is not known")
+            raise _refused(text, f"query parameter {key[:_SHOWN_MAX]!r} is not known")
         if key in parameters:
             raise _refused(text, f"{key} is given twice")
         if not separator or not value:
@@ -159,7 +164,7 @@ def _text_of(text: str, value: str | None) -> str | None:
 def _truth_of(text: str, value: str) -> bool:
     lowered = value.lower()
     if lowered not in _TRUE + _FALSE:
-        raise _refused(text, f"tls-verify-peer is {_TRUE[0]} or {_FALSE[0]}, not {value!r}")
+        raise _refused(text, f"tls-verify-peer is {_TRUE[0]} or {_FALSE[0]}, not {value[:_SHOWN_MAX]!r}")
     return lowered in _TRUE
 
 
@@ -186,5 +191,5 @@ def _bracketed(host: str) -> str:
 
 
 def _refused(text: str, reason: str) -> UsageError:
-    shown = text if len(text) <= 200 else text[:200] + "..."
+    shown = text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "..."
     return UsageError(f"{shown!r} is not a usable NBD URI: {reason}")

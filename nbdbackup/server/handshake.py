@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.agreement import ExportCatalog, Negotiated, TlsMode
+from nbdbackup.nbd.agreement import Negotiated, TlsMode
 from nbdbackup.nbd.negotiation import HandshakeError, ServerNegotiation
+from nbdbackup.server.exports import ClientCatalog, ExportTable
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.stream import TlsStream
 
@@ -30,11 +31,12 @@ class Agreement:
 class Handshake:
     """One client's negotiation on `sock` (connected, non-blocking), at most `HANDSHAKE_TIMEOUT_S` long."""
 
-    def __init__(self, sock: socket.socket, catalog: ExportCatalog, tls: ServerTls | None = None) -> None:
+    def __init__(self, sock: socket.socket, exports: ExportTable, tls: ServerTls | None = None) -> None:
         # Set once.
         self._sock = sock
         self._tls = tls
-        self._negotiation = ServerNegotiation(catalog, TlsMode.OFF if tls is None else tls.mode)
+        self._catalog = ClientCatalog(exports)
+        self._negotiation = ServerNegotiation(self._catalog, TlsMode.OFF if tls is None else tls.mode)
         # Changes while running.
         self._stream: socket.socket | TlsStream = sock
         self._timeout: asyncio.Timeout | None = None
@@ -85,6 +87,7 @@ class Handshake:
             if negotiation.wants_tls:
                 assert self._tls is not None
                 self._stream = await self._tls.accept(self._sock)
+                self._catalog.identify(self._stream.peer_name)
                 negotiation.tls_started()
         if negotiation.result is None:
             return None

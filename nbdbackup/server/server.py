@@ -15,7 +15,7 @@ from nbdbackup.errors import NotFoundError, ProtocolError
 from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.server.budget import SharedBudget
 from nbdbackup.server.exports import ExportTable
-from nbdbackup.server.handshake import Handshake
+from nbdbackup.server.handshake import Agreement, Handshake
 from nbdbackup.server.listener import AddressRange, Listener, is_allowed
 from nbdbackup.server.session import Session
 from nbdbackup.server.tls import ServerTls
@@ -64,6 +64,15 @@ class Server:
     def client_count(self) -> int:
         """Connected clients, negotiating ones too."""
         return len(self._clients)
+
+    def requests_in_flight(self) -> dict[str, int]:
+        """How many requests the devices are busy with, for each export that has any."""
+        counts: dict[str, int] = {}
+        for session in self._sessions:
+            if session.requests_in_flight:
+                name = session.export_name
+                counts[name] = counts.get(name, 0) + session.requests_in_flight
+        return counts
 
     def uris(self, export: str = "") -> list[str]:
         """The URI of `export` on each listener."""
@@ -159,7 +168,7 @@ class Server:
             return
         export = self.exports.get(agreement.negotiated.export.name)
         session = Session(agreement.stream, export, agreement.negotiated, self._budget)
-        logger.info("client %s uses export %s", peer, export.name)
+        logger.info("client %s uses export %s (%s)", peer, export.name, _describe_agreement(agreement))
         self._sessions.add(session)
         try:
             if self._stopping:
@@ -184,6 +193,15 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def _describe_agreement(agreement: Agreement) -> str:
+    """How the two talk to each other, for whoever wonders why a client is slow, or in the clear."""
+    negotiated, stream = agreement.negotiated, agreement.stream
+    replies = "structured" if negotiated.structured_replies else "simple"
+    if negotiated.extended_headers:
+        replies = "extended"
+    return f"{replies} replies, {stream.version if isinstance(stream, TlsStream) else 'no TLS'}"
 
 
 def _describe_peer(sock: socket.socket, listener: Listener) -> str:

@@ -93,6 +93,16 @@ class Session:
         self._patience: asyncio.TimerHandle | None = None
         self._is_patient = True
 
+    @property
+    def export_name(self) -> str:
+        """What it serves."""
+        return self._export.name
+
+    @property
+    def requests_in_flight(self) -> int:
+        """How many requests the device has not finished."""
+        return len(self._in_flight)
+
     async def run(self, leftover: bytes) -> None:
         """Serve; `leftover` was received behind the negotiation.
 
@@ -263,8 +273,10 @@ class Session:
     def _hold(self) -> None:
         """Tell the shared budget what is held now."""
         held = self._bytes_in_flight + self._replies.queued_bytes
-        if self._payload is not None:
-            held += self._payload.request.length
+        if self._payload is not None and self._payload.refusal is None:
+            held += (
+                self._payload.request.length
+            )  # what is thrown away is not kept, however long it says it is
         if held != self._bytes_held:
             self._bytes_held = held
             self._budget.hold(self, held)

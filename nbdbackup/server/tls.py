@@ -3,15 +3,24 @@
 import logging
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd.agreement import TlsMode
-from nbdbackup.tls.names import DistinguishedName, is_authorised
+from nbdbackup.tls.names import PeerName, is_authorised
 from nbdbackup.tls.stream import TlsStream
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What one connection's TLS is done with."""
+
+    context: ssl.SSLContext
+    authorised: Sequence[PeerName] | None = None
+    """Clients that have not proved to be one of these are disconnected; None: no such list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +28,8 @@ class ServerTls:
     """What STARTTLS leads to; `mode` is not OFF."""
 
     mode: TlsMode
-    context: ssl.SSLContext
-    authorised: Sequence[DistinguishedName] | None = None
-    """Clients whose certificate is not for one of these are disconnected; None: no such list."""
+    credentials: Callable[[], Credentials]
+    """Asked anew for every connection, so that they can be renewed while the server runs."""
 
     async def accept(self, sock: socket.socket) -> TlsStream:
         """Do the handshake on `sock`, which stays the caller's to close; the caller limits the time.
@@ -29,10 +37,11 @@ class ServerTls:
         Raises:
             ProtocolError: it failed, or the client is not authorised. OSError: the connection broke.
         """
-        stream = TlsStream(sock, self.context, server_side=True)
+        credentials = self.credentials()
+        stream = TlsStream(sock, credentials.context, server_side=True)
         await stream.handshake()
         name = stream.peer_name
-        if self.authorised is not None and not is_authorised(name, self.authorised):
+        if credentials.authorised is not None and not is_authorised(name, credentials.authorised):
             stream.close()
             shown = f"its certificate is for {name}" if name is not None else "its certificate has no name"
             raise ProtocolError(f"not authorised: {shown}, which is not on the list (--tls-authz)")

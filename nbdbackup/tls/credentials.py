@@ -27,8 +27,21 @@ REVOKED = "ca-crl.pem"
 _PSK_CIPHERS = "kECDHEPSK+CHACHA20:kECDHEPSK"
 
 
-def server_context(directory: Path, *, verify_peer: bool) -> ssl.SSLContext:
-    """The server's side with the certificates in `directory`; `verify_peer`: clients must show one too.
+class PskServerContext(ssl.SSLContext):
+    """A server's context that remembers who was asked for.
+
+    OpenSSL asks for a key without saying for which connection, but in the middle of a step of that one's
+    handshake: who takes that step clears `identity` before and reads it after.
+    """
+
+    identity: str | None = None
+    """Whose key was given out last."""
+
+
+def server_context(directory: Path, *, verify_peer: bool, ask_peer: bool = False) -> ssl.SSLContext:
+    """The server's side with the certificates in `directory`.
+
+    `verify_peer`: clients must show one too; `ask_peer`: they may, and if they do, it must be a good one.
 
     Raises:
         UsageError: a file is missing or unfit, or the server's certificate is none that its CA vouches for.
@@ -36,13 +49,18 @@ def server_context(directory: Path, *, verify_peer: bool) -> ssl.SSLContext:
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     _load_own(context, directory, "server")
     _check_own(context, directory)
-    if verify_peer:
-        context.verify_mode = ssl.CERT_REQUIRED
+    if verify_peer or ask_peer:
+        context.verify_mode = ssl.CERT_REQUIRED if verify_peer else ssl.CERT_OPTIONAL
         _load_authority(context, directory)
     return context
 
 
-def server_psk_context(path: Path) -> ssl.SSLContext:
+def server_files(directory: Path) -> list[Path]:
+    """What `server_context` reads of `directory`; the last one need not be there."""
+    return [directory / name for name in ("server-cert.pem", "server-key.pem", CA_CERTIFICATE, REVOKED)]
+
+
+def server_psk_context(path: Path) -> PskServerContext:
     """The server's side with the keys in `path`.
 
     Raises:
@@ -50,11 +68,17 @@ def server_psk_context(path: Path) -> ssl.SSLContext:
     """
     _need_psk()
     keys = Keys.load(path)
-    context = _context(ssl.PROTOCOL_TLS_SERVER)
+    context = PskServerContext(ssl.PROTOCOL_TLS_SERVER)
+    _harden(context)
     context.set_ciphers(_PSK_CIPHERS)
-    if sys.version_info >= (3, 13):
+
+    def key_of(identity: str | None) -> bytes:
+        context.identity = identity if identity in keys else None
         # An empty key ends the handshake.
-        context.set_psk_server_callback(lambda identity: keys.get(identity or "", b""))
+        return keys.get(identity or "", b"")
+
+    if sys.version_info >= (3, 13):
+        context.set_psk_server_callback(key_of)
     return context
 
 
@@ -105,11 +129,15 @@ def client_psk_context(path: Path, username: str) -> ssl.SSLContext:
 
 def _context(protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
+    _harden(context)
+    return context
+
+
+def _harden(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION | ssl.OP_NO_TICKET
-    if protocol == ssl.PROTOCOL_TLS_SERVER:
+    if context.protocol == ssl.PROTOCOL_TLS_SERVER:
         context.num_tickets = 0
-    return context
 
 
 def _need_psk() -> None:

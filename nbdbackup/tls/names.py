@@ -1,4 +1,6 @@
-"""Distinguished names: who a certificate is for, and lists of who may come in.
+"""Who the other side has proved to be, and lists of who may come in.
+
+With certificates that is a distinguished name, with pre-shared keys the name that a key is filed under.
 
 A name is written as RFC 4514 has it, `CN=backup.example.com,O=Example,C=GB`; a comma or another special
 character in a value is written `\\,` or as its hexadecimal bytes, `\\2C`. Tools disagree on which end
@@ -9,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from nbdbackup.errors import UsageError
 
@@ -53,6 +56,10 @@ class DistinguishedName:
         return ",".join("+".join(_format(*pair) for pair in sorted(part)) for part in self.parts[::-1])
 
 
+PeerName: TypeAlias = DistinguishedName | str
+"""A certificate's subject, or the name of a pre-shared key."""
+
+
 def of_certificate(certificate: Mapping[str, object] | None) -> DistinguishedName | None:
     """The subject of what `getpeercert()` returned; None if it has none."""
     subject = certificate.get("subject") if certificate else None
@@ -93,9 +100,15 @@ def load(path: Path) -> list[DistinguishedName]:
     return [parse(line) for line in lines if line and not line.startswith("#")]
 
 
-def is_authorised(name: DistinguishedName | None, allowed: Iterable[DistinguishedName]) -> bool:
+def is_authorised(name: PeerName | None, allowed: Iterable[PeerName]) -> bool:
     """Whether `name` is one of `allowed`."""
-    return name is not None and any(name.is_same(other) for other in allowed)
+    return name is not None and any(_is_same(name, other) for other in allowed)
+
+
+def _is_same(one: PeerName, other: PeerName) -> bool:
+    if isinstance(one, DistinguishedName) and isinstance(other, DistinguishedName):
+        return one.is_same(other)
+    return one == other
 
 
 def _tokens(text: str) -> list[str]:

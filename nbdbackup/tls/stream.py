@@ -25,8 +25,8 @@ from contextlib import suppress
 from typing import cast
 
 from nbdbackup.errors import ProtocolError
-from nbdbackup.tls.credentials import explain
-from nbdbackup.tls.names import DistinguishedName, of_certificate
+from nbdbackup.tls.credentials import PskServerContext, explain
+from nbdbackup.tls.names import PeerName, of_certificate
 
 RECEIVE_BYTES = 256 << 10
 SEND_BYTES = 256 << 10
@@ -55,6 +55,7 @@ class TlsStream:
         self._outgoing = ssl.MemoryBIO()
         self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_side, server_hostname)
         # Changing while running.
+        self._key_name: str | None = None
         self._backlog = memoryview(b"")
         self._accepted = 0
         self._ended = False
@@ -72,9 +73,12 @@ class TlsStream:
         return self._ssl.version() or ""
 
     @property
-    def peer_name(self) -> DistinguishedName | None:
-        """Who the peer's certificate says that it is, if it was asked for one and that is verified."""
-        return of_certificate(self._ssl.getpeercert())
+    def peer_name(self) -> PeerName | None:
+        """Who the peer has proved to be.
+
+        By its certificate, if it was asked for one and that is verified, or, to a server, by its key.
+        """
+        return self._key_name or of_certificate(self._ssl.getpeercert())
 
     async def handshake(self) -> None:
         """Agree on keys; the caller limits the time.
@@ -86,7 +90,7 @@ class TlsStream:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                self._ssl.do_handshake()
+                self._step()
                 break
             except ssl.SSLWantReadError:
                 pass
@@ -100,6 +104,18 @@ class TlsStream:
             self._incoming.write(data)
         await loop.sock_sendall(self._sock, self._outgoing.read())
         self.has_pending = True
+
+    def _step(self) -> None:
+        """Take the next step of the handshake. Raises ssl.SSLError, also for want of bytes."""
+        context = self._ssl.context
+        if not isinstance(context, PskServerContext):
+            self._ssl.do_handshake()
+            return
+        context.identity = None
+        try:
+            self._ssl.do_handshake()
+        finally:
+            self._key_name = context.identity or self._key_name
 
     async def receive(self, length_max: int) -> bytes:
         """Wait for up to `length_max` bytes; b"" at the end of the stream.

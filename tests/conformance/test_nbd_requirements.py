@@ -1,5 +1,7 @@
 """What the NBD specification asks of a server, requirement by requirement, and the tests that show it.
 
+Where a client has to keep or to check the same, the client role's tests are here too.
+
 The numbers are those in the names and docstrings of tests, and in comments of the code. What is
 deliberately different is in the README.
 """
@@ -287,11 +289,16 @@ REQUIREMENTS = {
             "unit/test_nbd_negotiation.py::test_46_extended_headers_are_granted_with_and_without_structured_replies",
             "unit/test_nbd_negotiation.py::test_46_extended_headers_with_data_are_invalid_and_keep_step",
             "unit/test_nbd_negotiation.py::test_46_structured_replies_after_extended_headers_are_refused",
+            "unit/test_nbd_client.py::test_46_client_that_wants_extended_headers_asks_for_them_first",
+            "unit/test_nbd_client.py::test_46_server_that_refuses_extended_headers_is_used_without_them",
         ),
     ),
     47: Row(
         "EXPORT_NAME after it disconnects",
-        ("unit/test_nbd_negotiation.py::test_47_export_name_after_extended_headers_disconnects",),
+        (
+            "unit/test_nbd_negotiation.py::test_47_export_name_after_extended_headers_disconnects",
+            "unit/test_nbd_client.py::test_47_export_name_is_not_asked_for_after_extended_headers",
+        ),
     ),
     48: Row(
         "requests and replies of 32 bytes, cookie and offset echoed",
@@ -300,6 +307,9 @@ REQUIREMENTS = {
             "unit/test_session_replies.py::test_48_compact_request_after_extended_headers_disconnects",
             "unit/test_reply_encoding.py::test_48_extended_head_means_what_its_definition_says",
             "interop/test_extended_headers.py::test_libnbd_negotiates_extended_headers_and_reads_and_writes",
+            "unit/test_nbd_extended_replies.py::test_48_extended_request_is_32_bytes_with_a_length_of_64_bits",
+            "unit/test_nbd_extended_replies.py::test_48_reply_that_does_not_fit_its_read_is_a_breach",
+            "interop/test_server_matrix.py::test_served_changed_and_backed_up_to",
         ),
     ),
     49: Row(
@@ -307,6 +317,7 @@ REQUIREMENTS = {
         (
             "unit/test_session_replies.py::test_49_write_goes_with_payload_len_and_without",
             "unit/test_session_replies.py::test_49_payload_of_another_command_is_consumed_and_invalid",
+            "unit/test_nbd_extended_replies.py::test_49_extended_write_says_that_its_length_is_that_of_its_payload",
         ),
     ),
     50: Row(
@@ -319,6 +330,8 @@ REQUIREMENTS = {
             "unit/test_reply_encoding.py::test_51_status_chunks_have_64_bit_extents",
             "unit/test_session_replies.py::test_51_73_ranges_of_64_bits_are_done_in_one_request",
             "interop/test_extended_headers.py::test_51_73_libnbd_s_64_bit_requests_are_done_at_once",
+            "unit/test_nbd_extended_replies.py::test_51_status_that_does_not_fit_its_request_is_a_breach",
+            "interop/test_long_requests.py::test_51_73_more_than_4_gib_is_one_request_where_headers_are_extended",
         ),
     ),
     52: Row(

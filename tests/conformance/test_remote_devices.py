@@ -14,20 +14,31 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.nbd import NbdDevice
+from nbdbackup.block.nbd_session import RemoteOptions
 from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice, read
 from tests.support.disks import make_sparse
-from tests.support.foreign_servers import ForeignServer, MakeCommand, nbd_server, nbdkit, qemu_nbd
+from tests.support.foreign_servers import (
+    ForeignServer,
+    MakeCommand,
+    nbd_server,
+    nbdkit,
+    newer_qemu_nbd,
+    own_server,
+    qemu_nbd,
+)
 from tests.support.own_server import serving
 
 
 @asynccontextmanager
-async def making_remote(serve: Callable[[int], MakeCommand], export: str = "") -> AsyncIterator[MakeDevice]:
+async def making_remote(
+    serve: Callable[[int], MakeCommand], export: str = "", options: RemoteOptions | None = None
+) -> AsyncIterator[MakeDevice]:
     """A maker of devices, each with a server of its own: `serve(size)` is its command."""
     async with AsyncExitStack() as stack:
 
         async def make(size: int, content: Mapping[int, bytes]) -> BlockDevice:
             server = stack.enter_context(ForeignServer(serve(size)))
-            device = await NbdDevice.open(server.uri(export))
+            device = await NbdDevice.open(server.uri(export), options=options)
             stack.push_async_callback(device.close)
             for offset, data in content.items():
                 await device.write(offset, data)
@@ -86,6 +97,24 @@ class TestQemuNbd(DeviceSuite):
             yield make
 
 
+class TestNewerQemuNbd(DeviceSuite):
+    """With extended headers."""
+
+    sizes: ClassVar[tuple[int, ...]] = (512, 4608, MIB + 512)
+    sparse_size: ClassVar[int] = 2**40 + 512
+
+    @pytest.fixture
+    async def make_device(self, tmp_path: Path) -> AsyncIterator[MakeDevice]:
+        numbers = itertools.count()
+
+        def serve(size: int) -> MakeCommand:
+            image = make_sparse(tmp_path / str(next(numbers)), size)
+            return newer_qemu_nbd(image, "-e", "8", "--discard=unmap")
+
+        async with making_remote(serve, "disk") as make:
+            yield make
+
+
 class TestNbdkitMemory(DeviceSuite):
     @pytest.fixture
     async def make_device(self) -> AsyncIterator[MakeDevice]:
@@ -102,6 +131,18 @@ class TestNbdkitFile(DeviceSuite):
             return nbdkit("file", make_sparse(tmp_path / str(next(numbers)), size))
 
         async with making_remote(serve) as make:
+            yield make
+
+
+class TestOwnServerWithoutExtendedHeaders(DeviceSuite):
+    @pytest.fixture
+    async def make_device(self, tmp_path: Path) -> AsyncIterator[MakeDevice]:
+        numbers = itertools.count()
+
+        def serve(size: int) -> MakeCommand:
+            return own_server(make_sparse(tmp_path / str(next(numbers)), size))
+
+        async with making_remote(serve, "disk", RemoteOptions(extended_headers=False)) as make:
             yield make
 
 

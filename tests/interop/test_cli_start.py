@@ -145,6 +145,33 @@ def test_control_socket_of_a_live_server_is_left_to_it(
     assert "disk" in server.cli("node", "list").stdout
 
 
+def test_mistyped_directory_of_the_control_socket_is_refused_and_not_made(
+    start: Start, tmp_path: Path
+) -> None:
+    disk = make_disk(tmp_path / "disk.img", MIB)
+    told = start.refused("--control", start.directory / "nosuch" / "c", disk, status=2)
+    assert "nosuch for the control socket; make it, or give another path with --control" in told
+    assert not (start.directory / "nosuch").exists()
+
+
+def test_directory_of_the_default_control_socket_is_made(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.img", MIB)
+    with tempfile.TemporaryDirectory(prefix="nbdbackup-test-", dir="/tmp") as runtime:
+        environment = {key: value for key, value in os.environ.items() if key != "NBDBACKUP_CONTROL"}
+        places = ("--state-dir", str(tmp_path / "state"), "-k", f"{runtime}/s")
+        found = subprocess.run(
+            [*COMMAND, "serve", *places, "--run", f"stat -c %a {runtime}/nbdbackup", str(disk)],
+            env={**environment, "XDG_RUNTIME_DIR": runtime},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.splitlines()[-1] == "700"
+
+
 def test_file_in_place_of_the_socket_is_not_removed(start: Start, tmp_path: Path) -> None:
     precious = start.socket
     precious.write_text("precious")

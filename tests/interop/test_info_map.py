@@ -9,7 +9,16 @@ import pytest
 
 from tests.conftest import ServeFunction
 from tests.support.disks import MIB, make_sparse
-from tests.support.foreign_servers import ForeignServer, MakeCommand, nbdkit, qemu_nbd
+from tests.support.foreign_servers import (
+    ForeignServer,
+    MakeCommand,
+    nbdkit,
+    newer_nbdkit,
+    newer_qemu_nbd,
+    own_server,
+    qemu_nbd,
+)
+from tests.support.newer_peers import newer
 from tests.support.peers import require
 from tests.support.processes import attempt, run
 from tests.support.server import COMMAND
@@ -71,6 +80,8 @@ def test_info_tells_of_an_export_what_nbdinfo_tells(image: Path, server: str) ->
     with ForeignServer(command) as remote:
         uri = remote.uri(export)
         ours = json.loads(nbdbackup("info", "--json", uri))
+        # This nbdinfo has not heard of extended headers.
+        assert ours.pop("extended") is False
         theirs = json.loads(run(require("nbdinfo"), "--json", "--no-content", uri))
         ours_text = nbdbackup("info", uri).splitlines()
         theirs_text = run(require("nbdinfo"), "--no-content", uri).splitlines()
@@ -79,6 +90,29 @@ def test_info_tells_of_an_export_what_nbdinfo_tells(image: Path, server: str) ->
     # Block sizes that a server does not tell are those that the specification assumes.
     assert their_export.items() <= our_export.items()
     assert set(theirs_text) <= set(ours_text)
+
+
+@pytest.mark.parametrize("server", ["qemu-nbd", "nbdkit", "nbdbackup"])
+def test_info_tells_what_the_newer_nbdinfo_tells(image: Path, server: str) -> None:
+    command, export = {
+        "qemu-nbd": (newer_qemu_nbd(image), "disk"),
+        "nbdkit": (newer_nbdkit(image, plugin="file"), ""),
+        "nbdbackup": (own_server(image, "-D", "a disk"), "disk"),
+    }[server]
+    with ForeignServer(command) as remote:
+        uri = remote.uri(export)
+        ours = json.loads(nbdbackup("info", "--json", uri))
+        theirs = json.loads(run(*newer("nbdinfo"), "--json", "--no-content", uri))
+        ours_text = nbdbackup("info", uri).splitlines()
+        theirs_text = run(*newer("nbdinfo"), "--no-content", uri).splitlines()
+        our_map, their_map = nbdbackup("map", uri), run(*newer("nbdinfo"), "--map", uri)
+    [our_export], [their_export] = ours.pop("exports"), theirs.pop("exports")
+    assert ours == theirs
+    assert ours["extended"] is (server != "nbdkit")
+    assert their_export.items() <= our_export.items()
+    # It says "4096 (4K)" where the older one and we say "4096".
+    assert {line for line in theirs_text if "block_size" not in line} <= set(ours_text)
+    assert our_map == their_map
 
 
 @pytest.mark.parametrize("server", ["qemu-nbd", "qemu-nbd -r -A", "nbdkit", "nbdkit blocksize"])

@@ -5,6 +5,7 @@ frozen, and the guest goes on writing. What was pulled and pushed must then be e
 file system: the same bytes, clean for fsck, with the checksums that the guest took.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from fixtures.initramfs import KernelUnavailable
 from fixtures.kernel_vm import HOST, Vm
 from tests.conftest import ServeFunction
+from tests.support.certificates import Pki, subject
 from tests.support.disks import MIB, allocated_bytes, make_disk, make_sparse, sha256
 from tests.support.peers import require, unavailable
 from tests.support.processes import run
@@ -200,3 +202,39 @@ def test_a_read_only_view_is_mounted_by_the_kernel_while_the_disk_is_written(
     frozen, viewed, live = re.findall(r"^([0-9a-f]{64})  -$", result.output, re.MULTILINE)
     assert viewed == frozen
     assert live != frozen
+
+
+def test_kernel_writes_on_four_connections_over_tls(tmp_path: Path, serve: ServeFunction) -> None:
+    pki = Pki(tmp_path)
+    certificates = pki.client("guest")
+    disk = make_sparse(tmp_path / "disk.img", 32 * MIB)
+    options = ["--tls-creds", str(pki.server()), "--export-authz", f"disk={subject(certificates)}"]
+    server = serve(disk=disk, options=options)
+    files = "".join(
+        f"cat >/tmp/{name} <<'PEM'\n{(certificates / name).read_text()}PEM\n"
+        for name in ("ca-cert.pem", "client-cert.pem", "client-key.pem")
+    )
+    script = f"""
+    tls="-enable-tls -cacertfile /tmp/ca-cert.pem -tlshostname localhost"
+    tls="$tls -certfile /tmp/client-cert.pem -keyfile /tmp/client-key.pem"
+    attach nbd0 {HOST} {server.port} -N disk -C 4 $tls
+    dd if=/dev/urandom of=/tmp/data bs=1M count=24 2>/dev/null
+    for part in 0 1 2 3; do
+        at=$((part * 96))
+        dd if=/tmp/data of=/dev/nbd0 bs=64k skip=$at seek=$at count=96 conv=fsync 2>/dev/null &
+    done
+    wait
+    echo 3 >/proc/sys/vm/drop_caches
+    dd if=/dev/nbd0 bs=1M count=24 2>/dev/null | sha256sum
+    sha256sum </tmp/data
+    detach nbd0
+    """
+    with in_guest(files + script, cpus=2) as vm:
+        ended = vm.finish(GUEST_TIMEOUT_S)
+    assert ended.status == 0, ended.output + server.log()
+    read, written = re.findall(r"^([0-9a-f]{64})  -$", ended.output, re.MULTILINE)
+    assert read == written
+    assert hashlib.sha256(disk.read_bytes()[: 24 * MIB]).hexdigest() == written
+    lines = [line for line in server.log().splitlines() if "uses export disk" in line]
+    assert len(lines) == 4
+    assert all("(simple replies, TLSv1." in line for line in lines)

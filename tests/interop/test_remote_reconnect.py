@@ -16,7 +16,7 @@ from nbdbackup.block.nbd_connection import Limits
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.errors import DeviceError
 from tests.support.disks import make_sparse
-from tests.support.foreign_servers import ForeignServer, nbdkit, qemu_nbd
+from tests.support.foreign_servers import ForeignServer, nbdkit, newer_qemu_nbd, qemu_nbd
 from tests.support.own_server import serving
 
 MIB = 1 << 20
@@ -45,11 +45,12 @@ async def read(device: NbdDevice, offset: int, length: int) -> bytes:
 class Load:
     """Workers that write, read back and compare, each in its own part of the disk."""
 
-    def __init__(self, device: NbdDevice, workers: int = 8) -> None:
+    def __init__(self, device: NbdDevice, workers: int = 8, block_bytes: int = BLOCK) -> None:
         self.device = device
         self.model = bytearray(device.size)
         self.count = 0
         self._workers = workers
+        self._block_bytes = block_bytes
         self._is_over = False
         self._progress = asyncio.Event()
 
@@ -76,19 +77,20 @@ class Load:
     async def _work(self, worker: int) -> None:
         chance = random.Random(worker)
         part = self.device.size // self._workers
+        size = self._block_bytes
         while not self._is_over:
-            offset = worker * part + chance.randrange(part - BLOCK)
-            area = slice(offset, offset + BLOCK)
+            offset = worker * part + chance.randrange(part - size)
+            area = slice(offset, offset + size)
             kind = chance.choice(("write", "write", "zero", "read", "flush"))
             if kind == "write":
-                data = chance.randbytes(BLOCK)
+                data = chance.randbytes(size)
                 await self.device.write(offset, data, fua=chance.random() < 0.1)
                 self.model[area] = data
             elif kind == "zero":
-                await self.device.write_zeroes(offset, BLOCK)
-                self.model[area] = bytes(BLOCK)
+                await self.device.write_zeroes(offset, size)
+                self.model[area] = bytes(size)
             elif kind == "read":
-                assert await read(self.device, offset, BLOCK) == self.model[area]
+                assert await read(self.device, offset, size) == self.model[area]
             elif chance.random() < 0.1:
                 await self.device.flush()
             self.count += 1
@@ -225,6 +227,20 @@ async def test_another_disk_that_comes_back_is_refused_for_good() -> None:
                         await device.read(0, bytearray(4))
                 with pytest.raises(DeviceError):
                     await device.flush()
+
+
+async def test_server_that_comes_back_without_extended_headers_is_refused(tmp_path: Path) -> None:
+    # Requests may be under way that only these can express.
+    image = make_sparse(tmp_path / "disk.img", SIZE)
+    commands = [newer_qemu_nbd(image), qemu_nbd(image)]
+    with ForeignServer(lambda path: commands.pop(0)(path)) as server:
+        async with opened(server.uri("disk")) as device:
+            assert device.export.extended_headers
+            server.kill()
+            await asyncio.to_thread(server.start)
+            async with asyncio.timeout(LIMIT_S):
+                with pytest.raises(DeviceError, match=r"another disk .* its kind of replies has changed"):
+                    await device.read(0, bytearray(4))
 
 
 async def test_journal_flushes_by_itself_and_stays_within_its_bound() -> None:

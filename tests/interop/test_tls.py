@@ -32,6 +32,7 @@ from tests.support.raw_client import (
     REP_ERROR,
     RawClient,
     go_data,
+    wrapped,
 )
 from tests.support.server import Server
 
@@ -71,15 +72,6 @@ def qemu_image(server: Server, export: str, transport: str) -> str:
     place = f"host=127.0.0.1,port={server.port}" if transport == "tcp" else f"path={server.socket_path}"
     hostname = "" if transport == "tcp" else ",tls-hostname=localhost"
     return f"driver=nbd,{place},export={export},tls-creds=tls{hostname}"
-
-
-def wrapped(client: RawClient, certificates: Path) -> RawClient:
-    """`client` on the other side of STARTTLS."""
-    context = ssl.create_default_context(cafile=str(certificates / "ca-cert.pem"))
-    if (certificates / "client-cert.pem").exists():
-        context.load_cert_chain(certificates / "client-cert.pem", certificates / "client-key.pem")
-    client.socket = context.wrap_socket(client.socket, server_hostname="localhost")
-    return client
 
 
 def start_tls(client: RawClient, certificates: Path) -> RawClient:

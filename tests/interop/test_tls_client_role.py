@@ -15,13 +15,11 @@ from nbdbackup.block.nbd import NbdDevice
 from nbdbackup.block.nbd_inquiry import list_contexts, list_exports
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.errors import NbdBackupError, ProtocolError, UsageError
-from nbdbackup.nbd.agreement import TlsMode
-from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.credentials import server_context
 from tests.conformance.device_suite import MIB, DeviceSuite, MakeDevice
 from tests.conftest import ServeFunction
 from tests.interop.test_remote_reconnect import Load
-from tests.support.certificates import KEY, Pki, psk_file
+from tests.support.certificates import KEY, Pki, psk_file, server_tls
 from tests.support.disks import make_disk, make_sparse, sha256
 from tests.support.foreign_servers import ForeignServer, MakeCommand, nbdkit, qemu_nbd
 from tests.support.own_server import serving
@@ -59,7 +57,7 @@ class TestOwnServer(DeviceSuite):
 
     @pytest.fixture
     async def make_device(self, pki: Pki) -> AsyncIterator[MakeDevice]:
-        tls = ServerTls(TlsMode.REQUIRE, server_context(pki.server(), verify_peer=True))
+        tls = server_tls(server_context(pki.server(), verify_peer=True))
         client = pki.client()
         async with AsyncExitStack() as stack:
 

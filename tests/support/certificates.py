@@ -9,11 +9,17 @@ the subject of a client's is `CN=<name>,OU=...,O=...`.
 """
 
 import datetime
+import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+
+from nbdbackup.nbd.agreement import TlsMode
+from nbdbackup.server.tls import Credentials, ServerTls
+from nbdbackup.tls.names import PeerName
 
 SERVER_NAMES = ("localhost", "127.0.0.1", "::1")
 KEY = "0123456789abcdef0123456789abcdef"
@@ -101,3 +107,9 @@ def psk_file(path: Path, **keys: str) -> Path:
     """A file of pre-shared keys, hexadecimal; without `keys`, alice's."""
     path.write_text("".join(f"{name}:{key}\n" for name, key in (keys or {"alice": KEY}).items()))
     return path
+
+
+def server_tls(context: ssl.SSLContext, authorised: Sequence[PeerName] | None = None) -> ServerTls:
+    """TLS that every client must use, with credentials that do not change."""
+    credentials = Credentials(context, authorised)
+    return ServerTls(TlsMode.REQUIRE, lambda: credentials)

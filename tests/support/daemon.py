@@ -62,8 +62,8 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path) -> AsyncIterator[Daemon]:
-    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does."""
+async def composed(directory: Path, remote: RemoteOptions | None = None) -> AsyncIterator[Daemon]:
+    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does. `remote`: of its targets."""
     scratch = directory / "scratch"
     scratch.mkdir()
     exports = ExportTable()
@@ -71,7 +71,7 @@ async def composed(directory: Path) -> AsyncIterator[Daemon]:
     snapshots = Snapshots(graph, Server(exports, []), scratch)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
-        backups = Backups(graph, jobs, scratch, RemoteOptions(), list)
+        backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
             yield Daemon(scratch, exports, graph, snapshots, backups, jobs)
         finally:

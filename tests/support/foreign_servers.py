@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Self
 
 from tests.support import peers
+from tests.support.newer_peers import newer
+from tests.support.server import COMMAND
 
 START_TIMEOUT_S = 30.0
 POLL_S = 0.01
@@ -41,14 +43,64 @@ def qemu_nbd(image: Path, *arguments: str, format: str = "raw") -> MakeCommand:
     return lambda path: [program, "-t", "-f", format, "-x", "disk", "-k", str(path), *arguments, str(image)]
 
 
-def nbd_server(image: Path) -> MakeCommand:
-    """The reference implementation's server of `image`, as the export "disk"."""
+def newer_nbdkit(*arguments: str | Path, plugin: str, filters: Sequence[str] = ()) -> MakeCommand:
+    """Debian 13's nbdkit with `arguments`: options, and the parameters of `plugin` and `filters`."""
+    words = newer("nbdkit")
+    modules = Path(words[2]) / "nbdkit"
+    named = [f"--filter={modules}/filters/nbdkit-{name}-filter.so" for name in filters]
+    options = [*words, "-f", *named]
+    module = f"{modules}/plugins/nbdkit-{plugin}-plugin.so"
+    dashed = [str(argument) for argument in arguments if str(argument).startswith("-")]
+    rest = [str(argument) for argument in arguments if not str(argument).startswith("-")]
+    return lambda path: [*options, *dashed, "-U", str(path), module, *rest]
+
+
+def newer_qemu_nbd(image: Path, *arguments: str) -> MakeCommand:
+    """Debian 13's qemu-nbd of the raw `image`, as the export "disk"."""
+    words = newer("qemu-nbd")
+    return lambda path: [*words, "-t", "-f", "raw", "-x", "disk", "-k", str(path), *arguments, str(image)]
+
+
+def qemu_storage_daemon(image: Path, *objects: str, words: Sequence[str] | None = None) -> MakeCommand:
+    """QEMU's daemon with the raw `image` as the export "disk"; `words` run it, by default this system's.
+
+    `objects` are `--object` and their values; one called "tls" is used for TLS.
+    """
+    program = [peers.require("qemu-storage-daemon")] if words is None else list(words)
+    node = f"driver=raw,node-name=disk,discard=unmap,file.driver=file,file.filename={image}"
+    export = "type=nbd,id=e,node-name=disk,name=disk,writable=on"
+    tls = ",tls-creds=tls" if objects else ""
+
+    def command(path: Path) -> list[str]:
+        server = f"addr.type=unix,addr.path={path}{tls}"
+        return [*program, *objects, "--blockdev", node, "--nbd-server", server, "--export", export]
+
+    return command
+
+
+def own_server(image: Path, *arguments: str) -> MakeCommand:
+    """Our own server of `image`, as the export "disk"."""
+
+    def command(path: Path) -> list[str]:
+        beside = path.parent
+        places = ["-k", str(path), "--control", f"{beside}/c", "--state-dir", f"{beside}/state"]
+        return [*COMMAND, "serve", *places, *arguments, f"disk={image}"]
+
+    return command
+
+
+def nbd_server(image: Path, certificates: Path | None = None) -> MakeCommand:
+    """The reference implementation's server of `image`, as the export "disk"; `certificates`: TLS alone."""
     program = peers.require("nbd-server")
+    tls = (
+        f"force_tls = true\ncertfile = {certificates}/server-cert.pem\n"
+        f"keyfile = {certificates}/server-key.pem\ncacertfile = {certificates}/ca-cert.pem\n"
+    )
 
     def command(path: Path) -> list[str]:
         config = path.with_name("config")
         config.write_text(
-            f"[generic]\nallowlist = true\nunixsock = {path}\n"
+            f"[generic]\nallowlist = true\nunixsock = {path}\n{tls if certificates else ''}"
             f"[disk]\nexportname = {image}\nflush = true\nfua = true\ntrim = true\n"
         )
         return [program, "-C", str(config), "-p", str(path.with_name(PID_FILE))]

@@ -5,8 +5,10 @@ would otherwise be made on both ends. Every wait is bounded by the socket's time
 """
 
 import socket
+import ssl
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -171,6 +173,15 @@ class RawClient:
         while not chunks[-1].flags & 1:
             chunks.append(self.chunk())
         return chunks
+
+
+def wrapped(client: RawClient, certificates: Path) -> RawClient:
+    """`client` on the other side of STARTTLS."""
+    context = ssl.create_default_context(cafile=str(certificates / "ca-cert.pem"))
+    if (certificates / "client-cert.pem").exists():
+        context.load_cert_chain(certificates / "client-cert.pem", certificates / "client-key.pem")
+    client.socket = context.wrap_socket(client.socket, server_hostname="localhost")
+    return client
 
 
 def go_data(export: str, *info_types: int) -> bytes:

@@ -16,6 +16,7 @@ from nbdbackup.monitor.context import FileNode, RawNode, SnapshotOptions
 from nbdbackup.server.exports import Export, ExportTable
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.faults import FaultyDevice
+from tests.support.gated import GatedDevice, settle
 
 SIZE = 8192
 
@@ -117,6 +118,21 @@ async def test_leaving_flushes_and_closes_each_device_once() -> None:
     assert list(graph) == []
 
 
+async def test_disk_that_hangs_at_the_end_keeps_no_other_from_being_flushed_and_counts_as_open() -> None:
+    graph = Graph(ExportTable())
+    hung, others = GatedDevice(MemoryDevice(SIZE)), [Closable(), Closable()]
+    for name, device in (("a", others[0]), ("hung", hung), ("b", others[1])):
+        graph.insert(name, device, "raw", "", False)
+    closing = asyncio.ensure_future(graph.close())
+    await settle()
+    assert [(device.flushes, device.is_closed) for device in others] == [(1, True)] * 2
+    assert [node.name for node in graph] == ["hung"]
+    hung.open_gate()
+    async with asyncio.timeout(10):
+        await closing
+    assert list(graph) == []
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 async def test_a_flush_that_fails_at_the_end_keeps_no_other_from_its_own(failing: int) -> None:
     graph = Graph(ExportTable())
@@ -124,7 +140,8 @@ async def test_a_flush_that_fails_at_the_end_keeps_no_other_from_its_own(failing
     devices[failing].inject("flush", errno.EIO)
     for index, device in enumerate(devices):
         graph.insert(str(index), device, "raw", "", False)
-    with pytest.raises(OSError, match="Input/output error"):
+    told = f"{failing} could not be flushed, and what was written to it may be lost: Input/output error"
+    with pytest.raises(DeviceError, match=told):
         await graph.close()
     assert [(device.flushes, device.is_closed) for device in devices] == [(1, True)] * 3
 

@@ -8,7 +8,8 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 from nbdbackup.nbd.constants import TransmissionFlags as Flags
-from nbdbackup.server.exports import Export, ExportTable
+from nbdbackup.server.exports import ClientCatalog, Export, ExportTable
+from nbdbackup.tls.names import PeerName, parse
 
 SIZE = 4097
 ALWAYS = (
@@ -68,18 +69,19 @@ def test_the_size_is_exact() -> None:
 def test_37_the_first_export_is_the_default_one() -> None:
     exports = table("b", "a")
     assert exports.get("").name == "b"
-    found = exports.find("")
+    catalog = ClientCatalog(exports)
+    found = catalog.find("")
     assert found is not None
     assert found.name == "b"
-    assert [info.name for info in exports.exports()] == ["b", "a"]
+    assert [info.name for info in catalog.exports()] == ["b", "a"]
 
 
 def test_what_is_not_there_is_not_found() -> None:
     for exports in (table(), table("disk")):
         with pytest.raises(NotFoundError, match="'other'"):
             exports.get("other")
-        assert exports.find("other") is None
-    assert table().find("") is None
+        assert ClientCatalog(exports).find("other") is None
+    assert ClientCatalog(table()).find("") is None
 
 
 def test_a_name_can_be_used_once() -> None:
@@ -105,4 +107,37 @@ def test_a_removed_export_disconnects_its_clients_and_no_others() -> None:
     exports.remove("disk", "it was dropped")
     assert [client.reasons for client in clients] == [["it was dropped"]] * 2
     assert bystander.reasons == []
-    assert exports.find("disk") is None
+    assert "disk" not in exports
+
+
+@pytest.mark.parametrize(
+    ("client", "shown"),
+    [
+        (None, ["open"]),
+        (parse("O=x,CN=alice"), ["open", "secret"]),
+        (parse("CN=alice"), ["open"]),
+        ("key", ["open"]),
+    ],
+)
+def test_export_for_certain_clients_is_not_there_for_others(
+    client: PeerName | None, shown: list[str]
+) -> None:
+    exports = table("open")
+    exports.add(Export("secret", node("secret"), authorised=(parse("CN=alice,O=x"),)))
+    catalog = ClientCatalog(exports)
+    # Before TLS, negotiation hides it as one for TLS alone.
+    assert [info.tls_only for info in catalog.exports()] == [False, True]
+    catalog.identify(client)
+    assert [info.name for info in catalog.exports()] == shown
+    assert (catalog.find("secret") is not None) == ("secret" in shown)
+
+
+def test_view_of_a_node_is_for_those_whom_the_node_is_for() -> None:
+    exports, secret = table("open"), node("secret")
+    exports.add(Export("a", secret, tls_only=True, authorised=("alice",)))
+    assert exports.access_to(secret) == (True, ("alice",))
+    exports.add(Export("b", secret, authorised=("bob",)))
+    assert exports.access_to(secret) == (True, ("alice", "bob"))
+    exports.add(Export("c", secret))
+    assert exports.access_to(secret) == (True, None)
+    assert exports.access_to(exports.get("open").node) == (False, None)

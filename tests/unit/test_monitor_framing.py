@@ -124,3 +124,8 @@ def test_size_of_a_message_is_bounded(start: bytes) -> None:
     (outcome,) = outcomes
     assert isinstance(outcome, JsonStreamError)
     assert outcome.fatal
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1" * 5000, "1." + "1" * 400 + "e400"])
+def test_a_number_that_no_answer_could_repeat_is_refused_and_the_stream_goes_on(number: str) -> None:
+    assert _feed(f'{{"id": {number}}} 1e308 '.encode()) == [("JSON parse error, number out of range",), 1e308]

@@ -201,12 +201,6 @@ async def test_socket_is_for_its_owner_alone_and_gone_at_the_end(path: Path) -> 
         os.lstat(path)
 
 
-async def test_directory_of_the_socket_is_made(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "nbdbackup" / "control.sock"
-    async with bench(path) as control, control.connected() as client:
-        assert await client.execute("query-jobs") == []
-
-
 async def test_socket_left_behind_by_a_dead_server_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(os.fspath(path))

@@ -27,6 +27,7 @@ def context(name: bytes) -> bytes:
 ANSWERS = [
     GREETING,
     entry(b"a", b"first") + entry(b"b") + reply(wire.LIST, wire.ACK),
+    reply(wire.EXTENDED_HEADERS, wire.ERR_UNSUP),
     reply(wire.STRUCTURED_REPLY, wire.ACK),
     context(b"base:allocation") + context(b"x:y") + reply(wire.LIST_META_CONTEXT, wire.ACK),
     reply(wire.LIST_META_CONTEXT, wire.ERR_UNKNOWN),
@@ -54,6 +55,7 @@ def test_every_export_and_its_contexts_are_asked_for(piece_bytes: int) -> None:
     assert sent == (
         wire.client_flags()
         + option(wire.LIST)
+        + option(wire.EXTENDED_HEADERS)
         + option(wire.STRUCTURED_REPLY)
         + query(b"a")
         + query(b"b")
@@ -63,7 +65,7 @@ def test_every_export_and_its_contexts_are_asked_for(piece_bytes: int) -> None:
 
 def test_a_named_export_is_asked_about_without_a_list() -> None:
     inquiry = ClientInquiry(("disk",))
-    inquiry.receive(GREETING + reply(wire.STRUCTURED_REPLY, wire.ACK))
+    inquiry.receive(GREETING + reply(wire.EXTENDED_HEADERS, wire.ACK))
     inquiry.receive(context(b"base:allocation") + reply(wire.LIST_META_CONTEXT, wire.ACK))
     assert inquiry.is_over
     assert inquiry.contexts == {"disk": ["base:allocation"]}
@@ -72,6 +74,7 @@ def test_a_named_export_is_asked_about_without_a_list() -> None:
 def test_server_without_structured_replies_has_no_contexts() -> None:
     inquiry = ClientInquiry()
     inquiry.receive(GREETING + entry(b"a") + reply(wire.LIST, wire.ACK))
+    inquiry.receive(reply(wire.EXTENDED_HEADERS, wire.ERR_UNSUP))
     inquiry.receive(reply(wire.STRUCTURED_REPLY, wire.ERR_UNSUP))
     assert inquiry.is_over
     assert (inquiry.descriptions, inquiry.contexts) == ({"a": ""}, {})
@@ -103,7 +106,7 @@ def test_old_server_cannot_be_asked() -> None:
 def test_contexts_of_all_exports_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_inquiry, "CONTEXTS_MAX", 3)
     inquiry = ClientInquiry(("a", "b"))
-    inquiry.receive(GREETING + reply(wire.STRUCTURED_REPLY, wire.ACK))
+    inquiry.receive(GREETING + reply(wire.EXTENDED_HEADERS, wire.ACK))
     inquiry.receive(context(b"x:1") + context(b"x:2") + reply(wire.LIST_META_CONTEXT, wire.ACK))
     with pytest.raises(ProtocolError, match="more than 3 meta contexts"):
         inquiry.receive(context(b"x:1") + context(b"x:2"))

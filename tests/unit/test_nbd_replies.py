@@ -112,6 +112,12 @@ def test_82_only_the_protocol_s_errors_reach_the_wire(number: int, fast_zero: bo
     assert replies.wire_errno(number, fast_zero=fast_zero, df=df) in {1, 5, 12, 22, 28, 75, 95, 108}
 
 
+@given(text=st.text())
+def test_the_words_of_a_peer_are_shown_on_one_line_and_move_no_terminal(text: str) -> None:
+    assert replies.shown_text(text).isprintable()
+    assert replies.shown_text("disk \u00fcber\n\x1b[2J") == "disk \u00fcber \\x1b[2J"
+
+
 # The parser.
 
 

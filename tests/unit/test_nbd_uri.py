@@ -122,6 +122,23 @@ def test_garbage_is_refused_and_never_crashes(text: str) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nbd://\udc90\u2100" + "h" * 5000,
+        "nbd://[\x9b" + "h" * 5000 + "]/",
+        "nbd://h:" + "9" * 5000,
+        "nbd://h/x?" + "k" * 5000 + "=1",
+        "nbds://h/x?tls-verify-peer=" + "v" * 5000,
+    ],
+)
+def test_a_refusal_repeats_little_of_the_uri_and_moves_no_terminal(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        uri.parse(text)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
 def test_only_nbd_schemes_make_a_uri() -> None:
     assert uri.is_uri("nbd://h")
     assert uri.is_uri("NBDS+UNIX:///x?socket=/s")

@@ -162,6 +162,30 @@ async def test_server_that_answers_a_byte_at_a_time_is_understood(tmp_path: Path
         await device.close()
 
 
+async def test_connection_that_was_given_up_does_not_touch_the_readers_memory(tmp_path: Path) -> None:
+    async def stop_halfway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await shake_hands(reader, writer)
+        cookie = (await reader.readexactly(28))[8:16]
+        writer.write(struct.pack(">II", 0x67446698, 0) + cookie + b"h" * (MIB // 2))
+        await hold(reader)
+
+    async with asyncio.timeout(LIMIT_S), talking(tmp_path, stop_halfway) as uri:
+        device = await NbdDevice.open(uri, options=RemoteOptions(reconnect_delay_s=0))
+        buffer = bytearray(MIB)
+        reading = asyncio.create_task(device.read(0, buffer))
+        await wait_until(lambda: buffer.count(b"h") == MIB // 2)
+        [connection] = device._session._connections
+        assert len(connection.get_buffer(-1)) == MIB // 2
+        connection.fail(ConnectionResetError("the test says so"))
+        # The read may be done again elsewhere, into the same memory.
+        late = connection.get_buffer(-1)
+        late[:] = b"x" * len(late)
+        with pytest.raises(DeviceError):
+            await reading
+        assert buffer.count(b"x") == 0
+        await device.close()
+
+
 async def test_server_that_reads_nothing_does_not_make_memory_grow(tmp_path: Path) -> None:
     async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await shake_hands(reader, writer, size=1 << 40)

@@ -155,6 +155,19 @@ async def test_request_behind_one_that_used_the_budget_up_is_served_without_anot
         assert (await client.reply(2, 512)).error == 0
 
 
+async def test_request_behind_a_long_write_in_place_is_served_without_another_event() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as client:
+        server._budget.bytes_max = 2 * MIB
+        header = struct.Struct(">IHHQQI")
+        await client.send(header.pack(0x25609513, 0, WRITE, 1, 0, 4 * MIB) + b"z" * (4 * MIB - 1000))
+        await until(lambda: device.data[3 * MIB] == ord("z"))
+        # The write uses the budget up until it is finished, and nobody else is there to wake the session.
+        await client.send(b"z" * 1000 + header.pack(0x25609513, 0, READ, 2, 0, 512))
+        assert (await client.reply(1)).error == 0
+        assert (await client.reply(2, 512)).data(0, 512) == b"z" * 512
+
+
 async def test_payload_that_was_begun_counts_and_goes_on() -> None:
     device = MemoryDevice(4 * MIB)
     async with serving(table(device)) as server, connected(server) as client:
@@ -165,6 +178,15 @@ async def test_payload_that_was_begun_counts_and_goes_on() -> None:
         await client.send(b"y" * (4 * MIB - 1000))
         assert (await client.reply(5)).error == 0
         server._budget.leave(hog)
+
+
+async def test_payload_that_is_thrown_away_takes_no_room_from_others() -> None:
+    device = MemoryDevice(4 * MIB)
+    async with serving(table(device)) as server, connected(server) as bad, connected(server) as client:
+        await bad.send(struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 5, 0, 0xFFFFFFFF) + bytes(100_000))
+        await until(lambda: any(session._payload is not None for session in server._sessions))
+        assert (await client.call(READ, 0, 2 * MIB)).error == 0
+        assert server._budget.used == 0
 
 
 async def test_stop_does_not_wait_for_ever_for_a_client_that_does_not_read(

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from nbdbackup.block.memory import MemoryDevice
-from nbdbackup.nbd.agreement import TlsMode
 from nbdbackup.nbd.client import ClientNegotiation
 from nbdbackup.server import handshake
 from nbdbackup.server.exports import ExportTable
@@ -21,7 +20,7 @@ from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.credentials import client_context, server_context
 from nbdbackup.tls.stream import TlsStream
 from tests.support import nbd_wire as wire
-from tests.support.certificates import Pki
+from tests.support.certificates import Pki, server_tls
 from tests.support.sessions import export_of, open_descriptors, wait_until
 
 WAIT_S = 10.0
@@ -36,7 +35,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 
 @pytest.fixture(scope="module")
 def tls(pki: Pki) -> ServerTls:
-    return ServerTls(TlsMode.REQUIRE, server_context(pki.server(), verify_peer=False))
+    return server_tls(server_context(pki.server(), verify_peer=False))
 
 
 @pytest.fixture(scope="module")

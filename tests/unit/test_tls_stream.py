@@ -12,16 +12,15 @@ import pytest
 
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ProtocolError
-from nbdbackup.nbd.agreement import Negotiated, TlsMode
+from nbdbackup.nbd.agreement import Negotiated
 from nbdbackup.nbd.client import encode_request
 from nbdbackup.nbd.constants import Command
 from nbdbackup.server.exports import Export
 from nbdbackup.server.session import Session
-from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.credentials import client_context, server_context
-from nbdbackup.tls.names import parse
+from nbdbackup.tls.names import PeerName, parse
 from nbdbackup.tls.stream import OUTGOING_BYTES_MAX, SEND_BYTES, TlsStream
-from tests.support.certificates import Pki, subject
+from tests.support.certificates import Pki, server_tls, subject
 from tests.support.sessions import export_of
 
 WAIT_S = 10.0
@@ -290,12 +289,12 @@ async def test_a_client_that_does_not_read_gets_everything_once_it_does(
     ],
 )
 async def test_only_clients_on_the_list_are_let_in(
-    tmp_path: Path, authorised: Callable[[str], list[object] | None], is_let_in: bool
+    tmp_path: Path, authorised: Callable[[str], list[PeerName] | None], is_let_in: bool
 ) -> None:
     pki = Pki(tmp_path)
     alice = pki.client("alice")
     allowed = authorised(subject(alice))
-    tls = ServerTls(TlsMode.REQUIRE, server_context(pki.server(), verify_peer=True), allowed)  # type: ignore[arg-type]
+    tls = server_tls(server_context(pki.server(), verify_peer=True), allowed)
     ours, theirs = socket_pair()
     with ours, theirs:
         client = TlsStream(theirs, client_context(alice, check_hostname=False), server_side=False)
