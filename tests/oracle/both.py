@@ -112,6 +112,9 @@ class Both:
             if differs is not None:
                 if value == values[0]:
                     self._noted.append(f"{step}: {side.name} no longer differs: {differs.why}")
+                elif not differs.holds(values[0], value):
+                    shown = "\n".join(difference(values[0], value))
+                    self._noted.append(f"{step}: differs otherwise than wanted: {differs.ours}\n{shown}")
             elif value != values[0]:
                 shown = "\n".join(difference(values[0], value))
                 self._noted.append(f"{step}: - {self.sides[0].name}, + {side.name}\n{shown}")

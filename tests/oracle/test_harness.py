@@ -70,7 +70,7 @@ async def test_a_command_that_one_accepts_and_the_other_refuses_ends_the_script(
 
 @script()
 async def test_an_excuse_without_need_is_seen(both: Both) -> None:
-    await both.differing(differences.JOB_ORDER).run("query-jobs")
+    await both.differing(differences.LIST_ORDER).run("query-jobs")
     await _differs(both, "no longer differs")
 
 

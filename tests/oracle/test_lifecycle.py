@@ -190,8 +190,8 @@ async def test_two_jobs_at_once(both: Both) -> None:
         both.imprecise(job, PROGRESS)
         await start(both, job, target=target, **HELD)
         await both.wait(job, "running")
-    await both.less(PROGRESS).differing(differences.JOB_ORDER).run("query-jobs")
-    await both.less(PROGRESS, BUSY).differing(differences.JOB_ORDER).run("query-block-jobs")
+    await both.less(PROGRESS).differing(differences.LIST_ORDER).run("query-jobs")
+    await both.less(PROGRESS, BUSY).differing(differences.LIST_ORDER).run("query-block-jobs")
     for job in ("first", "second"):
         await cancel(both, job)
 
