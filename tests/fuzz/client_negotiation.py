@@ -4,7 +4,6 @@ An answer has to go with what was asked, so the stream is made while a client li
 played to others, whole and in pieces.
 """
 
-import inspect
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +38,6 @@ _ERRORS = (
 _SIZES = (1 << 20, 0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 _BLOCKS = (1, 512, 4096, 65_536, 0, 3, 131_072, 1 << 25, (1 << 32) - 1)
 
-_HAS_EXTENDED = "want_extended" in inspect.signature(ClientNegotiation).parameters
-
 Exchange = TypeVar("Exchange", bound=OptionExchange)
 
 
@@ -62,10 +59,13 @@ def client(data: bytes) -> str:
     contexts = (BASE_ALLOCATION, "qemu:dirty-bitmap:b0") if want_contexts else ()
 
     def make() -> ClientNegotiation:
-        options = {"want_structured": want_structured}
-        if _HAS_EXTENDED:
-            options["want_extended"] = want_extended
-        return ClientNegotiation("disk", contexts=contexts, tls=tls, **options)
+        return ClientNegotiation(
+            "disk",
+            want_structured=want_structured,
+            want_extended=want_extended,
+            contexts=contexts,
+            tls=tls,
+        )
 
     return _compare(source, make, lambda machine: repr(machine.result), KEPT_BYTES_MAX)
 

@@ -1,6 +1,5 @@
 """What a server sends once there is an export: `nbd/reply_parser.py`."""
 
-import inspect
 import struct
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ KEPT_BYTES_MAX = (16 << 20) + (1 << 20)
 """Besides the buffers of the reads: a chunk of 2^20 extents, and what was received at once."""
 
 _MODES = (Mode.STRUCTURED, Mode.SIMPLE, Mode.EXTENDED, Mode.STRUCTURED)
-_HAS_EXTENDED = "extended" in inspect.signature(ReplyParser).parameters
 
 _CONTEXT_IDS = (1, 7)
 _COMMANDS = (Command.READ, Command.READ, Command.BLOCK_STATUS, Command.WRITE, Command.FLUSH)
@@ -115,16 +113,11 @@ def _status(source: FuzzInput, request: _Asked, *, is_wide: bool) -> bytes:
     return struct.pack(">II", context_id, count) + extents
 
 
-def _parser(mode: Mode) -> ReplyParser:
-    options = {"structured": mode is not Mode.SIMPLE}
-    if _HAS_EXTENDED:
-        options["extended"] = mode is Mode.EXTENDED
-    return ReplyParser(context_ids=_CONTEXT_IDS, **options)
-
-
 def _run(mode: Mode, asked: list[_Asked], stream: bytes, cut: Cut) -> tuple[str, list[tuple[object, ...]]]:
     """How it ended, and the replies; of a broken connection the reason alone."""
-    parser = _parser(mode)
+    parser = ReplyParser(
+        structured=mode is not Mode.SIMPLE, extended=mode is Mode.EXTENDED, context_ids=_CONTEXT_IDS
+    )
     buffers = [
         memoryview(bytearray(request.length if request.command is Command.READ else 0)) for request in asked
     ]
