@@ -5,7 +5,6 @@ that directory, and in what a daemon answers its path is written `{dir}` again.
 """
 
 import asyncio
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -279,20 +278,14 @@ class NewerQemuSide(QemuSide):
 
 
 class OwnSide(Side):
-    """`nbdbackup serve`, with a disk that no script touches."""
+    """`nbdbackup serve` without a disk."""
 
     name = "ours"
 
     def command(self) -> list[str]:
-        """Its own listener is not the one that `nbd-server-start` opens."""
-        unused = self.directory / "unused.img"
-        unused.write_bytes(bytes(512))
-        os.truncate(unused, 1 << 20)
-        return [
-            *(sys.executable, "-m", "nbdbackup", "serve", "--control", str(self._control)),
-            *("--state-dir", str(self.directory / "state"), "-k", str(self.directory / "own.sock")),
-            f"unused={unused}",
-        ]
+        """Disks and listeners come by QMP."""
+        command = [sys.executable, "-m", "nbdbackup", "serve", "--control", str(self._control)]
+        return [*command, "--state-dir", str(self.directory / "state")]
 
 
 def _replaced(value: Json, old: str, new: str) -> Json:
