@@ -152,3 +152,42 @@ async def test_a_backup_of_a_backup_in_progress(both: Both) -> None:
     await both.run("blockdev-backup", device="target", target="other", sync="full", job_id="k")
     await both.wait("k", "null")
     both.expect_content("other.img", both.content("disk.img"))
+
+
+@script(pending="block-export-add")
+async def test_two_backups_of_one_disk_keep_their_own_instants(both: Both) -> None:
+    await disks(both)
+    await both.disk("other", MIB)
+    await both.serve("disk")
+    instants = {"target": both.content("disk.img")}
+    await start(both, **HELD)
+    await both.wait("j", "running")
+    await both.io("disk", "write -P 7 100k 300k")
+    instants["other"] = both.content("disk.img")
+    await start(both, "k", target="other", **HELD)
+    await both.wait("k", "running")
+    await both.io("disk", "write -P 8 200k 300k", "discard 900k 64k")
+    for job in ("k", "j"):
+        await both.run("block-job-set-speed", device=job, speed=0)
+        await both.wait(job, "null")
+    for target, instant in instants.items():
+        both.expect_content(f"{target}.img", instant)
+    both.content("disk.img")
+
+
+@script(pending="block-export-add")
+async def test_cancelling_one_of_two_backups_leaves_the_other(both: Both) -> None:
+    await disks(both)
+    await both.disk("other", MIB)
+    await both.serve("disk")
+    before = both.content("disk.img")
+    await start(both, **HELD)
+    await both.wait("j", "running")
+    await start(both, "k", target="other", **HELD)
+    await both.wait("k", "running")
+    await both.io("disk", "write -P 7 100k 300k")
+    await cancel(both, "j")
+    await both.io("disk", "write -P 8 600k 300k")
+    await both.run("block-job-set-speed", device="k", speed=0)
+    await both.wait("k", "null")
+    both.expect_content("other.img", before)
