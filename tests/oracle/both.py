@@ -351,7 +351,9 @@ class Both:
         await self.run("block-export-del", id=f"export-{export}", **more)
         await self.wait_event("BLOCK_EXPORT_DELETED")
 
-    async def io(self, export: str, *commands: str, fails: bool = False) -> str:
+    async def io(
+        self, export: str, *commands: str, fails: bool = False, differs: Difference | None = None
+    ) -> str:
         """qemu-io's `commands` on an export; what it says, less times."""
         step = self._step(f"qemu-io {export}: {'; '.join(commands)}")
         words = [word for command in commands for word in ("-c", command)]
@@ -363,7 +365,7 @@ class Both:
             failed = status != 0 or "failed" in output
             if failed != fails:
                 raise Differs("\n".join([f"{step}: {side.name}: status {status}: {output}", *self._shown()]))
-        self._compare(step, outputs)
+        self._compare(step, outputs, differs)
         return outputs[0]
 
     async def connect(self, export: str) -> None:

@@ -64,3 +64,35 @@ SHUTDOWN = Difference(
     ours="says SHUTDOWN",
     why="clients can tell an orderly end from a crash",
 )
+NAMES_USERS = Difference(
+    qemu="says that a node or an export is in use",
+    ours="says the same, and by whom",
+    why="whoever is told can do something about it",
+    holds=_is_extended,
+)
+COMPRESS = Difference(
+    qemu="names the drive that cannot be compressed to, and a node is none: the name is empty",
+    ours="names the node",
+    why="a message without the name helps nobody",
+    holds=_is_extended,
+)
+OPEN_FAILED = Difference(
+    qemu="Could not open 'PATH': and the system's words",
+    ours="says what is wrong with PATH and what to do",
+    why="the same words as for the same mistake on the command line",
+)
+TLS_CREDENTIALS = Difference(
+    qemu="nbd-server-start takes credentials made by object-add",
+    ours="refuses tls-creds by name: every listener has the TLS that `serve` was given",
+    why="there is no object-add, and a listener in the clear by mistake would be worse than an error",
+)
+SCRATCH_SIZE = Difference(
+    qemu="makes a copy-before-write node on a target of another size, which fails later",
+    ours="refuses it: Source and target image have different sizes",
+    why="a client's write is the worst moment to learn of it",
+)
+TIMEOUT_ERROR = Difference(
+    qemu="fails a client's write that could not be saved in time with EINVAL, as NBD has no ETIMEDOUT",
+    ours="fails it with EIO",
+    why="the client's request was valid",
+)
