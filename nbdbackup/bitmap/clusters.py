@@ -5,8 +5,8 @@ cluster of the device may be short); queries round out to clusters.
 """
 
 from bitarray import bitarray
-from bitarray.util import ones, zeros
 
+from nbdbackup.bitmap.bits import clear_plane, set_plane
 from nbdbackup.extents import Extent
 
 
@@ -19,7 +19,7 @@ class ClusterBitmap:
         self.size = size
         self.cluster_bytes = cluster_bytes
         clusters = -(-size // cluster_bytes)
-        self._bits: bitarray = ones(clusters) if all_set else zeros(clusters)
+        self._bits: bitarray = set_plane(clusters) if all_set else clear_plane(clusters)
         self._count = clusters if all_set else 0
 
     def __len__(self) -> int:
@@ -70,6 +70,15 @@ class ClusterBitmap:
         if overhang > 0 and last > first and self._bits[last - 1]:
             total -= overhang
         return total
+
+    def load(self, bits: bitarray, count: int) -> None:
+        """Be as `bits`, of which `count` are set: one for each cluster, and perhaps clear ones behind."""
+        self._bits[:] = bits[: len(self._bits)]
+        self._count = count
+
+    def add_to(self, bits: bitarray) -> None:
+        """Set in `bits`, which has one for each cluster or more, what is set here."""
+        bits[: len(self._bits)] |= self._bits
 
     def _next_run(self, value: int, area: Extent, length_max: int | None) -> Extent | None:
         cluster = self.cluster_bytes

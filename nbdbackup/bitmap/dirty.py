@@ -9,17 +9,19 @@
 The object stays the same through all of it: whoever holds a bitmap need not look it up again.
 
 Offsets and lengths are bytes. The bits are in two planes, the bitmap's own and its successor's, that
-may be memory or a file (`Planes`).
+may be memory or a file (`Planes`). A map of a large disk is many MiB, and clients wait while the event
+loop walks it: what is known to be empty is not looked at, and copies are made in pieces (`Freeze`).
 
 Source: QEMU's block/dirty-bitmap.c; the terms are the same.
 """
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bitarray import bitarray
-from bitarray.util import zeros
 
+from nbdbackup.bitmap.bits import clear_plane
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.extents import ContextExtent, Extent
 
@@ -27,7 +29,15 @@ GRANULARITY_MIN = 512
 GRANULARITY_MAX = 1 << 31
 STATUS_GRANULES_MAX = 1 << 20
 """As many granules are looked at for one answer of `status`; it says less than was asked if need be."""
+STATUS_EXTENTS_MAX = 1 << 14
+"""An answer of `status` has no more extents."""
 
+FREEZE_GRANULES = 1 << 22
+"""As many are copied at once when a bitmap is frozen."""
+FREEZE_CHANGES_MAX = 1 << 14
+"""Changes noted while a bitmap is being frozen; after more than these it is copied again, at the instant."""
+
+_PAGE_GRANULES = mmap.PAGESIZE * 8
 _DIRTY = 1
 
 
@@ -40,7 +50,9 @@ def granules(size: int, granularity: int) -> int:
 class Planes:
     """Where the bits of a bitmap are: its own and its successor's, one bit for each granule.
 
-    `spare` is the plane that is not in use. The two change places when the successor abdicates.
+    `spare` is the plane that is not in use, and clear. The two change places when the successor
+    abdicates. A plane is a whole number of bytes long, in bitarray's default bit order; the bits past the
+    last granule are clear.
     """
 
     own: bitarray
@@ -48,20 +60,22 @@ class Planes:
 
     @classmethod
     def in_memory(cls, count: int) -> "Planes":
-        """Planes of `count` clear bits that end with the process."""
-        return cls(zeros(count), zeros(count))
+        """Planes of `count` clear bits that end with the process. They take memory as bits are set."""
+        return cls(clear_plane(count), clear_plane(count))
 
     def swap(self) -> None:
         """Let the spare plane be the bitmap's own, and clear the other."""
         self.own, self.spare = self.spare, self.own
-        self.spare.setall(0)
+        if self.spare.any():
+            self.spare.setall(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavedBits:
     """A bitmap's own bits as they were: how `clear` and `merge` are undone."""
 
-    bits: bitarray = field(repr=False)
+    bits: bitarray | None = field(repr=False)
+    """None: there were none."""
     count: int
 
 
@@ -69,17 +83,20 @@ class DirtyBitmap:
     """One bitmap of a device of `size` bytes. Set once: `size`, `granularity` (a power of two), `name`.
 
     Changing while running: `enabled`, `persistent`, `inconsistent` (why its bits are of no use, "" if
-    they are), `users` (who needs it to stay, in words; the bitmap is `busy` then).
+    they are), `users` (who needs it to stay, in words; the bitmap is `busy` then), `checkpoint` (whether
+    it tells what changed since a checkpoint, so that its bits are not a user's to clear).
     """
 
     __slots__ = (
         "_count",
         "_enabled",
+        "_freezes",
         "_has_successor",
         "_planes",
         "_recording",
         "_shift",
         "_successor_count",
+        "checkpoint",
         "granularity",
         "inconsistent",
         "name",
@@ -98,6 +115,7 @@ class DirtyBitmap:
         persistent: bool = False,
         planes: Planes | None = None,
     ) -> None:
+        """`planes`: with the bits that are set already; None: memory, nothing dirty."""
         assert GRANULARITY_MIN <= granularity <= GRANULARITY_MAX
         assert granularity & (granularity - 1) == 0
         self.name = name
@@ -105,15 +123,17 @@ class DirtyBitmap:
         self.granularity = granularity
         self.persistent = persistent
         self.inconsistent = ""
+        self.checkpoint = False
         self.users: list[str] = []
         self._shift = granularity.bit_length() - 1
         self._planes = Planes.in_memory(granules(size, granularity)) if planes is None else planes
-        self._count = self._planes.own.count(1)
+        self._count = 0 if planes is None else planes.own.count(1)
         self._successor_count = 0
         self._has_successor = False
         self._enabled = enabled
         self._recording: bitarray | None = None
         """The plane in which writes set bits."""
+        self._freezes: list[Freeze] = []
         self._choose_plane()
 
     def __str__(self) -> str:
@@ -163,11 +183,15 @@ class DirtyBitmap:
             new = 1
         else:
             new = last + 1 - first - bits.count(1, first, last + 1)
+            if not new:
+                return
             bits[first : last + 1] = 1
         if self._has_successor:
             self._successor_count += new
         else:
             self._count += new
+        for freeze in self._freezes:
+            freeze.note(first, last + 1)
 
     # Frozen for a backup.
 
@@ -197,6 +221,7 @@ class DirtyBitmap:
         self._successor_count = 0
         self._has_successor = False
         self._choose_plane()
+        self._changed()
 
     def _choose_plane(self) -> None:
         if not self._enabled:
@@ -209,37 +234,49 @@ class DirtyBitmap:
     def clear(self) -> SavedBits:
         """Nothing is dirty; returns what was."""
         saved = self.save()
-        self._planes.own.setall(0)
-        self._count = 0
+        if self._count:
+            self._planes.own.setall(0)
+            self._count = 0
+            self._changed()
         return saved
 
     def merge(self, sources: "Sequence[DirtyBitmap]") -> None:
         """What is dirty in any of `sources`, bitmaps of the same size, is dirty here too."""
         for source in sources:
             assert source.size == self.size
+            if not source.count:
+                continue
             if source.granularity == self.granularity:
                 self._planes.own |= source._planes.own
             else:
                 for run in source.dirty_runs():
                     self._set(run)
-        self._count = self._planes.own.count(1)
+        self._recount()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
         """What is set in `clusters`, of the same size, is dirty here too."""
+        if clusters.cluster_bytes == self.granularity:
+            clusters.add_to(self._planes.own)
+            self._recount()
+            return
         area = Extent(0, self.size)
         while area.length and (run := clusters.next_set(area)) is not None:
             self._set(run)
             area = Extent(run.end, self.size - run.end)
-        self._count = self._planes.own.count(1)
+        self._recount()
 
     def save(self) -> SavedBits:
         """The bits as they are, for `restore`."""
-        return SavedBits(self._planes.own.copy(), self._count)
+        return SavedBits(self._planes.own.copy() if self._count else None, self._count)
 
     def restore(self, saved: SavedBits) -> None:
         """Undo what was done since `save`."""
-        self._planes.own[:] = saved.bits
+        if saved.bits is not None:
+            self._planes.own[:] = saved.bits
+        elif self._count:
+            self._planes.own.setall(0)
         self._count = saved.count
+        self._changed()
 
     def _set(self, run: Extent) -> None:
         self._planes.own[run.offset >> self._shift : ((run.end - 1) >> self._shift) + 1] = 1
@@ -258,17 +295,16 @@ class DirtyBitmap:
     def clusters(self, cluster_bytes: int) -> ClusterBitmap:
         """The clusters in which something is dirty; those in the successor are left out."""
         clusters = ClusterBitmap(self.size, cluster_bytes)
+        if cluster_bytes == self.granularity:
+            clusters.load(self._planes.own, self._count)
+            return clusters
         for run in self.dirty_runs():
             clusters.set(run.aligned_out(cluster_bytes, self.size))
         return clusters
 
     def frozen_copy(self) -> "DirtyBitmap":
         """A disabled bitmap with what is dirty now, the successor's included, that stays as it is."""
-        copy = DirtyBitmap(
-            self.name, self.size, self.granularity, enabled=False, planes=Planes(self._union(), bitarray())
-        )
-        copy.inconsistent = self.inconsistent
-        return copy
+        return Freeze(self).finish()
 
     def status(self, offset: int, length: int) -> list[ContextExtent]:
         """What is dirty (1) and clean (0) from `offset` on, the successor's included; see BLOCK_STATUS.
@@ -282,7 +318,7 @@ class DirtyBitmap:
             bits |= self._planes.spare[first:last]
         extents: list[ContextExtent] = []
         position, value = 0, bits[0]
-        while position < len(bits):
+        while position < len(bits) and len(extents) < STATUS_EXTENTS_MAX:
             stop = bits.find(1 - value, position)
             position = len(bits) if stop < 0 else stop
             end = min((first + position) << self._shift, offset + length)
@@ -291,5 +327,93 @@ class DirtyBitmap:
             offset, value = end, 1 - value
         return extents
 
-    def _union(self) -> bitarray:
-        return self._planes.own | self._planes.spare if self._has_successor else self._planes.own.copy()
+    def _recount(self) -> None:
+        self._count = self._planes.own.count(1)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Bits changed otherwise than by `mark`."""
+        for freeze in self._freezes:
+            freeze.is_stale = True
+
+
+class Freeze:
+    """A bitmap's `frozen_copy` in the making: most of the work is done before the instant.
+
+        freeze = Freeze(bitmap)
+        try:
+            for _ in freeze.pieces():
+                await asyncio.sleep(0)      # clients go on
+            ... the node stands still ...
+            frozen = freeze.finish()
+        finally:
+            freeze.end()
+
+    What clients mark meanwhile is noted, and set at the instant.
+    """
+
+    def __init__(self, bitmap: DirtyBitmap) -> None:
+        self.bitmap = bitmap
+        self.is_stale = False
+        """Whether the whole copy has to be made again."""
+        self._is_copied = False
+        self._bits = bitarray()
+        self._noted: list[tuple[int, int]] = []
+
+    def note(self, first: int, stop: int) -> None:
+        """The granules from `first` to before `stop` were marked."""
+        if len(self._noted) < FREEZE_CHANGES_MAX:
+            self._noted.append((first, stop))
+        else:
+            self.is_stale = True
+
+    def pieces(self) -> Iterator[None]:
+        """Copy, with a rest after each piece."""
+        self._begin()
+        self.bitmap._freezes.append(self)
+        for first in self._firsts():
+            self._copy(first)
+            yield
+        self._is_copied = True
+
+    def finish(self) -> DirtyBitmap:
+        """What is dirty at this instant; the bitmap's node stands still."""
+        if self.is_stale or not self._is_copied:
+            self._begin()
+            for first in self._firsts():
+                self._copy(first)
+        for first, stop in self._noted:
+            self._bits[first:stop] = 1
+        self.end()
+        of = self.bitmap
+        frozen = DirtyBitmap(of.name, of.size, of.granularity, enabled=False)
+        frozen._planes = Planes(self._bits, bitarray())
+        frozen._count = of.count if not of.is_frozen else self._bits.count(1)
+        frozen.inconsistent = of.inconsistent
+        return frozen
+
+    def end(self) -> None:
+        """Stop taking notes; it may have happened already."""
+        if self in self.bitmap._freezes:
+            self.bitmap._freezes.remove(self)
+
+    def _begin(self) -> None:
+        self.is_stale = self._is_copied = False
+        self._noted.clear()
+        self._bits = clear_plane(granules(self.bitmap.size, self.bitmap.granularity))
+
+    def _firsts(self) -> range:
+        of = self.bitmap
+        is_empty = not of.count and not of.successor_count
+        return range(0, 0 if is_empty else granules(of.size, of.granularity), FREEZE_GRANULES)
+
+    def _copy(self, first: int) -> None:
+        of = self.bitmap
+        stop = min(first + FREEZE_GRANULES, granules(of.size, of.granularity))
+        for plane in (of._planes.own, of._planes.spare)[: 1 + of.is_frozen]:
+            position = first
+            while (found := plane.find(1, position, stop)) >= 0:
+                # No more than the page in which it is: pages without a bit stay no memory.
+                page = found // _PAGE_GRANULES * _PAGE_GRANULES
+                position = min(page + _PAGE_GRANULES, stop)
+                self._bits[page:position] |= plane[page:position]

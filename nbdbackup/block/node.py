@@ -51,6 +51,14 @@ class Node(FilterDevice):
         """Whether nothing is in flight and nothing can start."""
         return bool(self._quiesced) and not self._in_flight
 
+    @property
+    def bottom(self) -> BlockDevice:
+        """What is below all filters, and below the nodes that this one stands on."""
+        device = self.root
+        while isinstance(device, Node):
+            device = device.root
+        return device
+
     def push(self, new_filter: FilterDevice) -> None:
         """Put `new_filter`, whose child is this node's top, on top. Only while drained."""
         assert self.is_drained
@@ -121,6 +129,10 @@ class Node(FilterDevice):
 
     def write_nowait(self, offset: int, data: ReadableBuffer) -> bool:
         return not self._quiesced and self.child.write_nowait(offset, data)
+
+    def offload_fd(self) -> int | None:
+        """None: what goes round the node is not counted, and seen by no filter."""
+        return None
 
     # Draining.
 

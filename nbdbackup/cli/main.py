@@ -9,7 +9,20 @@ from nbdbackup import __version__
 from nbdbackup.cli.failures import guarded
 from nbdbackup.cli.parser import Parser
 
-VERBS = ("serve", "snapshot", "backup", "job", "node", "info", "map", "qmp", "demo", "completion")
+VERBS = (
+    "serve",
+    "snapshot",
+    "checkpoint",
+    "bitmap",
+    "backup",
+    "job",
+    "node",
+    "info",
+    "map",
+    "qmp",
+    "demo",
+    "completion",
+)
 
 DESCRIPTION = """\
 Serve disks over NBD, show them as they were at one point in time, and back that up

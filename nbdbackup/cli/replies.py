@@ -51,6 +51,28 @@ class ImageInfo(msgspec.Struct, frozen=True, rename="kebab"):
     virtual_size: int = 0
 
 
+class BitmapInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """One of the `dirty-bitmaps` of a node; without a name it is a successor. Sizes are bytes."""
+
+    granularity: int
+    count: int
+    name: str | None = None
+    recording: bool = False
+    busy: bool = False
+    persistent: bool = False
+    inconsistent: bool = False
+
+
+class CheckpointInfo(msgspec.Struct, frozen=True, rename="kebab"):
+    """An entry of `x-nbdbackup-query-checkpoints`. `dirty` is in bytes."""
+
+    node: str
+    name: str
+    parent: str | None = None
+    created: str = ""
+    dirty: int = 0
+
+
 class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     """An entry of `query-named-block-nodes`."""
 
@@ -59,6 +81,7 @@ class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):
     file: str = ""
     ro: bool = False
     image: ImageInfo = ImageInfo()
+    dirty_bitmaps: list[BitmapInfo] = []
 
 
 class ExportInfo(msgspec.Struct, frozen=True, rename="kebab"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from nbdbackup.cli.control import CommandError, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.output import print_json, print_table
-from nbdbackup.cli.parser import Verbs, add_control, add_on_cbw_error, control_path, seconds, size
+from nbdbackup.cli.parser import Parser, Verbs, add_control, add_on_cbw_error, control_path, seconds, size
 from nbdbackup.cli.replies import SnapshotInfo
 from nbdbackup.cli.sizes import format_size
 from nbdbackup.errors import NbdBackupError
@@ -37,7 +37,7 @@ names, separated by spaces; the post-hook has NBDBACKUP_OUTCOME: created or fail
 
 @dataclass(frozen=True, slots=True)
 class CreateOptions:
-    """What `snapshot create` was told."""
+    """What `snapshot create` was told, or `checkpoint create`."""
 
     control: Path
     json: bool
@@ -49,9 +49,10 @@ class CreateOptions:
     cbw_timeout_s: float
     pre_hook: str | None
     post_hook: str | None
+    bitmap: str | None
 
     def arguments(self) -> dict[str, object]:
-        """Those of `x-nbdbackup-snapshot-create`."""
+        """Those of `x-nbdbackup-snapshot-create`, and of `x-nbdbackup-checkpoint-create`."""
         arguments: dict[str, object] = {
             "nodes": list(self.nodes),
             "on-cbw-error": self.on_cbw_error,
@@ -63,6 +64,8 @@ class CreateOptions:
             arguments["scratch"] = self.scratch
         if self.scratch_bytes_max is not None:
             arguments["scratch-max"] = self.scratch_bytes_max
+        if self.bitmap is not None:
+            arguments["bitmap"] = self.bitmap
         return arguments
 
 
@@ -73,6 +76,7 @@ class DropOptions:
     control: Path
     json: bool
     snapshots: tuple[str, ...]
+    pulled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,32 +92,19 @@ def add_parser(verbs: Verbs) -> None:
     group = verbs.add_parser("snapshot", help="keep points in time of nodes readable")
     actions = group.add_subparsers(metavar="ACTION", required=True)
 
-    create = actions.add_parser(
+    making = actions.add_parser(
         "create", help="make a snapshot of one or more nodes", description=CREATE_DESCRIPTION, epilog=HOOKS
     )
-    create.add_argument("nodes", nargs="+", metavar="NODE")
-    create.add_argument("--name", help="default: the time in UTC, 20261123T030405Z")
-    create.add_argument(
-        "--scratch", metavar="DIR|FILE", help="where to (default: the server's state directory)"
+    making.add_argument("nodes", nargs="+", metavar="NODE")
+    making.add_argument("--name", help="default: the time in UTC, 20261123T030405Z")
+    making.add_argument(
+        "--bitmap",
+        metavar="B",
+        help="freeze this dirty bitmap of each node at the same instant, to copy only what changed; "
+        "from then on a successor records. See 'drop --pulled'",
     )
-    create.add_argument(
-        "--scratch-max",
-        type=size,
-        metavar="SIZE",
-        help="at most so many bytes of scratch, then --on-cbw-error",
-    )
-    add_on_cbw_error(create, "snapshot")
-    create.add_argument(
-        "--cbw-timeout",
-        type=seconds,
-        default=0.0,
-        metavar="S",
-        help="a copy that takes longer counts as failed (default 0: no limit)",
-    )
-    create.add_argument("--pre-hook", metavar="CMD", help="run before the point in time; see below")
-    create.add_argument("--post-hook", metavar="CMD", help="run after it; see below")
-    add_control(create)
-    create.set_defaults(run=run_create)
+    add_create_arguments(making)
+    making.set_defaults(run=run_create)
 
     listing = actions.add_parser("list", help="list the snapshots")
     add_control(listing)
@@ -123,13 +114,43 @@ def add_parser(verbs: Verbs) -> None:
         "drop", help="end snapshots: their exports go away, their scratch files are deleted"
     )
     drop.add_argument("snapshots", nargs="+", metavar="NODE@NAME")
+    drop.add_argument(
+        "--pulled",
+        action="store_true",
+        help="somebody has a whole copy of each: a bitmap frozen with it starts anew at its instant. Without "
+        "this the bitmap keeps what it had, and nothing is lost if the copy failed",
+    )
     add_control(drop)
     drop.set_defaults(run=run_drop)
 
 
-def run_create(namespace: argparse.Namespace) -> int:
-    """`snapshot create`."""
-    options = CreateOptions(
+def add_create_arguments(parser: Parser) -> None:
+    """Add what `snapshot create` and `checkpoint create` share; see `create_options`."""
+    parser.add_argument(
+        "--scratch", metavar="DIR|FILE", help="where to (default: the server's state directory)"
+    )
+    parser.add_argument(
+        "--scratch-max",
+        type=size,
+        metavar="SIZE",
+        help="at most so many bytes of scratch, then --on-cbw-error",
+    )
+    add_on_cbw_error(parser, "snapshot")
+    parser.add_argument(
+        "--cbw-timeout",
+        type=seconds,
+        default=0.0,
+        metavar="S",
+        help="a copy that takes longer counts as failed (default 0: no limit)",
+    )
+    parser.add_argument("--pre-hook", metavar="CMD", help="run before the point in time; see below")
+    parser.add_argument("--post-hook", metavar="CMD", help="run after it; see below")
+    add_control(parser)
+
+
+def create_options(namespace: argparse.Namespace) -> CreateOptions:
+    """What the parser found, for `create`."""
+    return CreateOptions(
         control=control_path(namespace.control),
         json=namespace.json,
         nodes=tuple(namespace.nodes),
@@ -140,8 +161,13 @@ def run_create(namespace: argparse.Namespace) -> int:
         cbw_timeout_s=namespace.cbw_timeout,
         pre_hook=namespace.pre_hook,
         post_hook=namespace.post_hook,
+        bitmap=namespace.bitmap,
     )
-    return run_async(_create(options))
+
+
+def run_create(namespace: argparse.Namespace) -> int:
+    """`snapshot create`."""
+    return run_async(create(create_options(namespace), "x-nbdbackup-snapshot-create"))
 
 
 def run_list(namespace: argparse.Namespace) -> int:
@@ -151,14 +177,15 @@ def run_list(namespace: argparse.Namespace) -> int:
 
 def run_drop(namespace: argparse.Namespace) -> int:
     """`snapshot drop`."""
-    options = DropOptions(control_path(namespace.control), namespace.json, tuple(namespace.snapshots))
+    snapshots = tuple(namespace.snapshots)
+    options = DropOptions(control_path(namespace.control), namespace.json, snapshots, namespace.pulled)
     return run_async(_drop(options))
 
 
-async def _create(options: CreateOptions) -> int:
+async def create(options: CreateOptions, command: str) -> int:
+    """Run the QMP `command` that takes snapshots, between the hooks, and print their URIs."""
     # Connect first: with no server there is nothing to freeze a file system for.
     async with connected(options.control) as control, _hooks(options):
-        command = "x-nbdbackup-snapshot-create"
         try:
             answer = await control.execute(command, options.arguments())
         except CommandError as error:
@@ -199,7 +226,10 @@ async def _list(options: ListOptions) -> int:
 async def _drop(options: DropOptions) -> int:
     async with connected(options.control) as control:
         try:
-            await control.execute("x-nbdbackup-snapshot-drop", {"snapshots": list(options.snapshots)})
+            await control.execute(
+                "x-nbdbackup-snapshot-drop",
+                {"snapshots": list(options.snapshots), "pulled": options.pulled},
+            )
         except CommandError as error:
             raise await explained(error, control, snapshots=options.snapshots) from error
     if options.json:

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from nbdbackup.bitmap.node_bitmaps import NodeBitmaps
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
 from nbdbackup.block.open import open_device
+from nbdbackup.daemon.bitmap_info import bitmap_infos
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, UsageError
+from nbdbackup.fleece.dirty_tracker import DirtyTracker
 from nbdbackup.monitor.context import ExportInfo, FileNode, NodeInfo, RawNode
 from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.server.exports import ExportTable
@@ -29,6 +32,10 @@ class Entry:
     filename: str
     child: str | None = None
     users: list[str] = field(default_factory=list)
+    bitmaps: NodeBitmaps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bitmaps = NodeBitmaps(self.node.name, self.node.size)
 
 
 class Graph:
@@ -100,7 +107,8 @@ class Graph:
             raise NotFoundError(f"Failed to find node with node-name='{name}'")
         entry = self.entry(name)
         users = entry.users + [f"export '{e.name}'" for e in self._exports if e.node is entry.node]
-        if users or any(True for _ in entry.node.filters):
+        # Bitmaps go with their node; what uses one of them uses the node as well.
+        if users or any(not isinstance(device, DirtyTracker) for device in entry.node.filters):
             raise ConflictError(f"Node {name} is in use{': by ' + ', '.join(users) if users else ''}")
         del self._entries[name]
         if entry.child is not None:
@@ -138,7 +146,13 @@ class Graph:
     def _info(self, entry: Entry) -> NodeInfo:
         node = entry.node
         return NodeInfo(
-            node.name, entry.driver, entry.filename, node.size, node.read_only, _allocated(node.root)
+            node.name,
+            entry.driver,
+            entry.filename,
+            node.size,
+            node.read_only,
+            _allocated(node.root),
+            bitmap_infos(entry.bitmaps),
         )
 
 
@@ -152,7 +166,7 @@ async def _flush_and_close(device: BlockDevice) -> None:
 
 def refuse_same_file(source: BlockDevice, path: str) -> None:
     """Raises UsageError if `path` is the file or block device that `source` is made of."""
-    fd = source.offload_fd()
+    fd = _bottom(source).offload_fd()
     if fd is None:
         return
     try:
@@ -176,5 +190,9 @@ def is_same_server(uri: str, own: str) -> bool:
 
 
 def _allocated(device: BlockDevice) -> int | None:
-    fd = device.offload_fd()
+    fd = _bottom(device).offload_fd()
     return None if fd is None else os.fstat(fd).st_blocks * BLOCK_BYTES
+
+
+def _bottom(device: BlockDevice) -> BlockDevice:
+    return device.bottom if isinstance(device, Node) else device

@@ -13,6 +13,8 @@ from pathlib import Path
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.open import is_remote, open_device
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.bitmaps import Bitmaps
+from nbdbackup.daemon.checkpoints import Checkpoints
 from nbdbackup.daemon.ending import Ending
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
@@ -105,13 +107,23 @@ async def _run(
 ) -> int:
     stop = Stop(ending.begin)
     ending.server = server
+    bitmaps = Bitmaps(graph, server.exports)
     snapshots = Snapshots(graph, server, state.scratch)
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
-        services = Services(jobs, snapshots, backups, graph, Transactions(), stop.request_by_qmp)
+        services = Services(
+            jobs,
+            snapshots,
+            backups,
+            graph,
+            Transactions(),
+            stop.request_by_qmp,
+            bitmaps=bitmaps,
+            checkpoints=Checkpoints(bitmaps, snapshots),
+        )
         if options.makes_control_directory:
             options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with monitor(options.control, services) as control:
@@ -197,7 +209,17 @@ async def _open_sources(options: ServeOptions, graph: Graph, exports: ExportTabl
             raise
         tls_only = source.name in options.tls_only
         authorised = clients_of(source, options.tls)
-        exports.add(Export(source.name, node, options.description, read_only, tls_only, authorised))
+        exports.add(
+            Export(
+                source.name,
+                node,
+                options.description,
+                read_only,
+                tls_only,
+                authorised=authorised,
+                all_bitmaps=True,
+            )
+        )
 
 
 def _remote_options(options: ServeOptions) -> RemoteOptions:

@@ -1,18 +1,29 @@
-"""Snapshots as users see them: made together, exported as `NODE@NAME`, dropped by that name."""
+"""Snapshots as users see them: made together, exported as `NODE@NAME`, dropped by that name.
 
+A snapshot's export shows every dirty bitmap of its node as it was at the instant. One of them can be
+frozen with it: its successor records from then on, and when the snapshot is dropped, either the frozen
+bits are dealt with (somebody pulled them) or the bitmap has both.
+"""
+
+import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze
+from nbdbackup.bitmap.node_bitmaps import check_changeable
 from nbdbackup.block.node import Node
-from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.graph import Entry, Graph
+from nbdbackup.daemon.transaction import Action, run_transaction
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import open_scratch
-from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, take_snapshots
-from nbdbackup.monitor.context import SnapshotInfo, SnapshotOptions
+from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, make_snapshot
+from nbdbackup.monitor.services_snapshots import SnapshotInfo, SnapshotOptions
 from nbdbackup.nbd.constants import STRING_BYTES_MAX
+from nbdbackup.server.bitmap_context import BitmapContext, context_name
 from nbdbackup.server.exports import Export
 from nbdbackup.server.server import Server
 
@@ -21,56 +32,89 @@ logger = logging.getLogger(__name__)
 NAME_CHARACTERS_MAX = 255
 
 
+@dataclass(slots=True, eq=False)
+class KeptSnapshot:
+    """A live snapshot, the node's bitmaps as they were, and `bitmap`, frozen until it is dropped."""
+
+    snapshot: Snapshot
+    frozen: list[DirtyBitmap] = field(default_factory=list)
+    bitmap: DirtyBitmap | None = None
+
+    def release_bitmap(self, *, pulled: bool) -> None:
+        """Let the bitmap go on: without the bits that were frozen if they were `pulled`, else with them."""
+        if self.bitmap is None:
+            return
+        if pulled:
+            self.bitmap.abdicate()
+        else:
+            self.bitmap.reclaim()
+        self.bitmap = None
+
+
 class Snapshots:
     """The live snapshots; implements the monitor's `SnapshotService`."""
 
     def __init__(self, graph: Graph, server: Server, scratch_directory: Path) -> None:
-        self._graph = graph
-        self._server = server
-        self._scratch_directory = scratch_directory
+        self.graph = graph
+        self.server = server
+        self.scratch_directory = scratch_directory
         # Changing while running.
-        self._snapshots: dict[str, Snapshot] = {}
-        self._names_being_made: set[str] = set()
+        self.live: dict[str, KeptSnapshot] = {}
+        self.names_being_made: set[str] = set()
         self._ending: set[Snapshot] = set()
 
     def list(self) -> Sequence[SnapshotInfo]:
         """Every live snapshot, the oldest first."""
-        return [self._info(snapshot) for snapshot in self._snapshots.values()]
+        return [self.info(kept) for kept in self.live.values()]
 
     async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
         """Take one instant of all `nodes`; all of them or none."""
+        actions = self.actions(nodes, options)
+        await run_transaction(actions)
+        return [self.info(action.snapshot) for action in actions]
+
+    def actions(self, nodes: Sequence[str], options: SnapshotOptions) -> "Sequence[TakeSnapshot]":
+        """The steps of a transaction that take a snapshot of each of `nodes`, under one name.
+
+        Raises:
+            UsageError, NotFoundError, ConflictError: they would not do.
+        """
         name = options.name if options.name is not None else f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         _check_name(name)
-        found = [self._graph.get(node) for node in nodes]
-        place = Path(options.scratch) if options.scratch is not None else None
-        _check_set(nodes, place)
-        export_names = [f"{node.name}@{name}" for node in found]
-        for export_name in export_names:
-            self._check_free(export_name)
-        self._names_being_made.update(export_names)
-        try:
-            taken = await self._take(found, name, options, place)
-        finally:
-            self._names_being_made.difference_update(export_names)
-        for snapshot in taken:
-            self._offer(snapshot)
-        return [self._info(snapshot) for snapshot in taken]
+        place = Path(options.scratch) if options.scratch is not None else self.scratch_directory
+        _check_set(nodes, None if options.scratch is None else place)
+        actions = [TakeSnapshot(self, node, name, place, options) for node in nodes]
+        for action in actions:
+            action.check_free()
+        return actions
 
-    async def drop(self, exports: Sequence[str]) -> None:
-        """End the snapshots called `NODE@NAME`; none if one of them does not exist."""
+    async def drop(self, exports: Sequence[str], *, pulled: bool = False) -> None:
+        """End the snapshots called `NODE@NAME`; none if one of them does not exist.
+
+        `pulled`: what was dirty in the bitmap frozen with it is dealt with; else the bitmap has it again.
+        """
         for export_name in exports:
-            if export_name not in self._snapshots:
+            if export_name not in self.live:
                 raise NotFoundError(f"there is no snapshot {export_name}")
-        ending = [self._snapshots.pop(export_name) for export_name in dict.fromkeys(exports)]
-        # No await before all are out of the list: another drop must not find them there.
-        self._ending.update(ending)
-        for snapshot in ending:
-            self._server.exports.remove(snapshot.export_name, f"snapshot {snapshot.export_name} was dropped")
-        await self._end(ending)
+            broken = self.live[export_name].snapshot.broken
+            if pulled and broken is not None:
+                raise ConflictError(
+                    f"snapshot {export_name} is broken ({broken.strerror or broken}), "
+                    "so nobody has all of it: drop it without --pulled"
+                )
+        ending = [self.live.pop(export_name) for export_name in dict.fromkeys(exports)]
+        # No await before all are out of the list and the bitmaps are back: another drop must not find them
+        # there, and one that is cut short must leave no bitmap frozen.
+        self._ending.update(kept.snapshot for kept in ending)
+        for kept in ending:
+            name = kept.snapshot.export_name
+            kept.release_bitmap(pulled=pulled)
+            self.server.exports.remove(name, f"snapshot {name} was dropped")
+        await self._end([kept.snapshot for kept in ending])
 
     async def close(self) -> None:
         """Drop all of them, and finish every drop that was cut short."""
-        await self.drop(tuple(self._snapshots))
+        await self.drop(tuple(self.live))
         await self._end(tuple(self._ending))
 
     async def _end(self, snapshots: Sequence[Snapshot]) -> None:
@@ -79,65 +123,142 @@ class Snapshots:
             self._ending.discard(snapshot)
             logger.info("snapshot %s dropped", snapshot.export_name)
 
-    async def _take(
-        self, nodes: Sequence[Node], name: str, options: SnapshotOptions, place: Path | None
-    ) -> Sequence[Snapshot]:
-        plans: list[SnapshotPlan] = []
-        try:
-            for node in nodes:
-                scratch = open_scratch(
-                    place or self._scratch_directory,
-                    node.size,
-                    CLUSTER_BYTES_DEFAULT,
-                    options.scratch_bytes_max,
-                    f"scratch of {node.name}@{name}",
-                )
-                plans.append(SnapshotPlan(node, name, scratch, options.on_cbw_error, options.cbw_timeout_s))
-            return await take_snapshots(plans)
-        except BaseException:
-            for plan in plans:
-                await plan.scratch.close()
-            raise
-
-    def _offer(self, snapshot: Snapshot) -> None:
-        self._snapshots[snapshot.export_name] = snapshot
+    def offer(self, kept: "KeptSnapshot") -> None:
+        """`kept` was taken: show it to clients, with the bitmaps as they were."""
+        snapshot = kept.snapshot
+        self.live[snapshot.export_name] = kept
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
-        exports = self._server.exports
+        exports = self.server.exports
         tls_only, authorised = exports.access_to(snapshot.plan.node)
-        exports.add(
-            Export(
-                snapshot.export_name,
-                snapshot.view,
-                description,
-                read_only=True,
-                tls_only=tls_only,
-                authorised=authorised,
-            )
+        export = Export(
+            snapshot.export_name,
+            snapshot.view,
+            description,
+            read_only=True,
+            tls_only=tls_only,
+            authorised=authorised,
         )
+        for bitmap in kept.frozen:
+            export.contexts.add(context_name(bitmap.name), BitmapContext(bitmap))
+        exports.add(export)
 
-    def _check_free(self, export_name: str) -> None:
+    def check_free(self, export_name: str) -> None:
+        """Raises UsageError or ConflictError if there can be no new snapshot called `export_name`."""
         if len(export_name.encode()) > STRING_BYTES_MAX:
             raise UsageError(f"{export_name[:40]}... is too long for an export: choose a shorter --name")
-        if export_name in self._snapshots or export_name in self._names_being_made:
+        if export_name in self.live or export_name in self.names_being_made:
             raise ConflictError(f"snapshot {export_name} exists already: drop it, or choose another --name")
-        if export_name in self._server.exports:
+        if export_name in self.server.exports:
             raise ConflictError(f"there is an export called {export_name} already: choose another --name")
 
-    def _info(self, snapshot: Snapshot) -> SnapshotInfo:
+    def info(self, kept: "KeptSnapshot") -> SnapshotInfo:
+        """What users see of it."""
+        snapshot = kept.snapshot
         plan, broken = snapshot.plan, snapshot.broken
         return SnapshotInfo(
             node=plan.node.name,
             name=plan.name,
             export=plan.export_name,
-            uris=self._server.uris(plan.export_name),
+            uris=self.server.uris(plan.export_name),
             created=snapshot.created,
             size=plan.node.size,
             cluster_size=snapshot.block_copy.cluster_bytes,
             scratch_used=plan.scratch.bytes_used,
             scratch_max=plan.scratch.bytes_max,
             cause=None if broken is None else (broken.strerror or str(broken)),
+            bitmap=None if kept.bitmap is None else kept.bitmap.name,
         )
+
+
+class TakeSnapshot(Action):
+    """One node's point in time, called `name`, with scratch in `place`."""
+
+    def __init__(
+        self, snapshots: Snapshots, node: str, name: str, place: Path, options: SnapshotOptions
+    ) -> None:
+        self._snapshots = snapshots
+        self._entry: Entry = snapshots.graph.entry(node)
+        self._plan_name = name
+        self._place = place
+        self._options = options
+        # Changing while running.
+        self._has_name = False
+        self._freezes: dict[DirtyBitmap, Freeze] = {}
+        self._kept: KeptSnapshot | None = None
+        self._is_committed = False
+
+    @property
+    def export_name(self) -> str:
+        """`NODE@NAME`."""
+        return f"{self._entry.node.name}@{self._plan_name}"
+
+    @property
+    def snapshot(self) -> KeptSnapshot:
+        """What was taken; made by `ready`."""
+        assert self._kept is not None
+        return self._kept
+
+    def check_free(self) -> None:
+        """Raises UsageError or ConflictError if the name is taken, or none."""
+        self._snapshots.check_free(self.export_name)
+
+    async def ready(self) -> None:
+        self.check_free()
+        self._has_name = True
+        self._snapshots.names_being_made.add(self.export_name)
+        self._kept = KeptSnapshot(await self._make())
+        for bitmap in self._entry.bitmaps:
+            freeze = self._freezes[bitmap] = Freeze(bitmap)
+            for _ in freeze.pieces():
+                await asyncio.sleep(0)
+
+    async def _make(self) -> Snapshot:
+        node, options = self._entry.node, self._options
+        title = f"scratch of {self.export_name}"
+        scratch = open_scratch(
+            self._place, node.size, CLUSTER_BYTES_DEFAULT, options.scratch_bytes_max, title
+        )
+        try:
+            return await make_snapshot(
+                SnapshotPlan(node, self._plan_name, scratch, options.on_cbw_error, options.cbw_timeout_s)
+            )
+        except BaseException:
+            await scratch.close()
+            raise
+
+    def nodes(self) -> Sequence[Node]:
+        return [self._entry.node]
+
+    def prepare(self) -> None:
+        bitmap = None
+        if self._options.bitmap is not None:
+            bitmap = self._entry.bitmaps.get(self._options.bitmap)
+            check_changeable(bitmap)
+        kept = self.snapshot
+        # A bitmap that a step before this one made has hardly anything in it yet.
+        freezes = [self._freezes.get(of, Freeze(of)) for of in self._entry.bitmaps if not of.inconsistent]
+        kept.frozen = [freeze.finish() for freeze in freezes]
+        kept.snapshot.insert()
+        if bitmap is not None:
+            bitmap.create_successor()
+            kept.bitmap = bitmap
+
+    def abort(self) -> None:
+        self.snapshot.release_bitmap(pulled=False)
+        self.snapshot.snapshot.take_out()
+
+    def commit(self) -> None:
+        self._snapshots.offer(self.snapshot)
+        self._is_committed = True
+
+    async def clean(self) -> None:
+        for freeze in self._freezes.values():
+            freeze.end()
+        if self._has_name:
+            self._snapshots.names_being_made.discard(self.export_name)
+        if self._kept is not None and not self._is_committed:
+            await self._kept.snapshot.close()
 
 
 def _check_name(name: str) -> None:

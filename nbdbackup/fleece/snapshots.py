@@ -7,18 +7,23 @@
 
 Several snapshots of a node are several filters on it; the newest is on top. Each stands for
 itself and can be dropped in any order.
+
+A snapshot is made first, which takes time on a large disk, and put in place at the instant.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from nbdbackup.block.device import BlockDevice
+from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.node import Node, drained
 from nbdbackup.fleece.block_copy import BlockCopy
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdbackup.fleece.scratch import Scratch
 from nbdbackup.fleece.snapshot_access import SnapshotAccess
+
+INLINE_CLUSTERS_MAX = 1 << 22
+"""The maps of a disk with more clusters are made in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class SnapshotPlan:
 
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """One live point in time; `view` is the node to read it from."""
+    """One point in time, live from `insert` on; `view` is the node to read it from."""
 
     plan: SnapshotPlan
     block_copy: BlockCopy
@@ -59,6 +64,16 @@ class Snapshot:
         """Why it can't be read any more, or None."""
         return self.filter.broken
 
+    def insert(self) -> None:
+        """This is the instant. The node is drained; cannot fail."""
+        self.filter.relink(self.plan.node.child)
+        self.plan.node.push(self.filter)
+        self.created = datetime.now(UTC)
+
+    def take_out(self) -> None:
+        """Undo `insert`, before the node goes on."""
+        self.plan.node.remove(self.filter)
+
     async def drop(self) -> None:
         """Take the filter out, wait for everything that still uses the snapshot, free scratch.
 
@@ -72,6 +87,10 @@ class Snapshot:
                 node.remove(self.filter)
         async with drained(self.view):
             pass
+        await self.close()
+
+    async def close(self) -> None:
+        """Free what a snapshot holds that is not in place any more, or never was."""
         await self.filter.wait_copies_ended()
         await self.block_copy.close()
         if not self._scratch_closed:
@@ -79,17 +98,31 @@ class Snapshot:
             await self.plan.scratch.close()
 
 
+async def make_snapshot(plan: SnapshotPlan) -> Snapshot:
+    """Everything that can be done before the instant. The plan's scratch is the snapshot's from now on."""
+    if plan.node.size // plan.scratch.cluster_bytes <= INLINE_CLUSTERS_MAX:
+        return _make(plan)
+    executor = IoExecutor("maps", threads_max=1)
+    try:
+        return await executor.run(_make, plan)
+    finally:
+        executor.shutdown()
+
+
 async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
     """Take one snapshot per plan, all at one instant at which no client write is in flight.
 
     Invariant 3. Cannot fail half way: whatever can fail (scratch) was done for the plans.
     """
+    snapshots = [await make_snapshot(plan) for plan in plans]
     async with drained(*(plan.node for plan in plans)):
-        return [_insert(plan) for plan in plans]
+        for snapshot in snapshots:
+            snapshot.insert()
+    return snapshots
 
 
-def _insert(plan: SnapshotPlan) -> Snapshot:
-    below: BlockDevice = plan.node.child
+def _make(plan: SnapshotPlan) -> Snapshot:
+    below = plan.node.child
     block_copy = BlockCopy(below, plan.scratch, plan.scratch.cluster_bytes, target_zeroed=True)
     filter_ = CopyBeforeWrite(
         below,
@@ -98,6 +131,5 @@ def _insert(plan: SnapshotPlan) -> Snapshot:
         on_cbw_error=plan.on_cbw_error,
         cbw_timeout_s=plan.cbw_timeout_s,
     )
-    plan.node.push(filter_)
     access = SnapshotAccess(filter_, plan.scratch)
     return Snapshot(plan, block_copy, filter_, access, Node(plan.export_name, access, read_only=True))

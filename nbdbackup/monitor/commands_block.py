@@ -9,6 +9,7 @@ from nbdbackup.errors import UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
+from nbdbackup.monitor.commands_bitmaps import bitmap_info
 from nbdbackup.monitor.context import (
     BackupRequest,
     ExportInfo,
@@ -109,6 +110,9 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
     if node.allocated is not None:
         image["actual-size"] = node.allocated
     throttle = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    bitmaps: dict[str, Json] = {}
+    if node.bitmaps:
+        bitmaps["dirty-bitmaps"] = [bitmap_info(info) for info in node.bitmaps]
     return {
         "node-name": node.name,
         "drv": node.driver,
@@ -121,6 +125,7 @@ def _node_info(node: NodeInfo) -> dict[str, Json]:
         "write_threshold": 0,
         "cache": {"writeback": True, "direct": False, "no-flush": False},
         **throttle,
+        **bitmaps,
     }
 
 

@@ -8,8 +8,9 @@ from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
 from nbdbackup.monitor.commands_block import WORKERS_MAX, SyncMode
-from nbdbackup.monitor.context import BackupRequest, Services, SnapshotInfo, SnapshotOptions, TargetPath
+from nbdbackup.monitor.context import BackupRequest, Services, TargetPath
 from nbdbackup.monitor.schema import Arguments, NoArguments
+from nbdbackup.monitor.services_snapshots import SnapshotInfo, SnapshotOptions
 
 
 class SnapshotCreateArguments(Arguments, frozen=True, kw_only=True):
@@ -19,10 +20,31 @@ class SnapshotCreateArguments(Arguments, frozen=True, kw_only=True):
     scratch_max: int | None = None
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout: float = 0.0
+    bitmap: str | None = None
+
+    def options(self) -> SnapshotOptions:
+        """How the snapshots are to be kept.
+
+        Raises:
+            UsageError: not like that.
+        """
+        check_names("nodes", self.nodes)
+        _check_positive("scratch-max", self.scratch_max)
+        if not 0 <= self.cbw_timeout < float("inf"):
+            raise UsageError("Parameter 'cbw-timeout' expects a non-negative number of seconds")
+        return SnapshotOptions(
+            name=self.name,
+            scratch=self.scratch,
+            scratch_bytes_max=self.scratch_max,
+            on_cbw_error=self.on_cbw_error,
+            cbw_timeout_s=self.cbw_timeout,
+            bitmap=self.bitmap,
+        )
 
 
 class SnapshotDropArguments(Arguments, frozen=True, kw_only=True):
     snapshots: list[str]
+    pulled: bool = False
 
 
 class BackupArguments(Arguments, frozen=True, kw_only=True):
@@ -42,31 +64,21 @@ class BackupArguments(Arguments, frozen=True, kw_only=True):
 
 @command("x-nbdbackup-snapshot-create", SnapshotCreateArguments)
 async def snapshot_create(services: Services, arguments: SnapshotCreateArguments) -> Json:
-    _check_names("nodes", arguments.nodes)
-    _check_positive("scratch-max", arguments.scratch_max)
-    if not 0 <= arguments.cbw_timeout < float("inf"):
-        raise UsageError("Parameter 'cbw-timeout' expects a non-negative number of seconds")
-    options = SnapshotOptions(
-        name=arguments.name,
-        scratch=arguments.scratch,
-        scratch_bytes_max=arguments.scratch_max,
-        on_cbw_error=arguments.on_cbw_error,
-        cbw_timeout_s=arguments.cbw_timeout,
-    )
-    return [_snapshot_info(info) for info in await services.snapshots.create(arguments.nodes, options)]
+    taken = await services.snapshots.create(arguments.nodes, arguments.options())
+    return [snapshot_info(info) for info in taken]
 
 
 @command("x-nbdbackup-snapshot-drop", SnapshotDropArguments)
 async def snapshot_drop(services: Services, arguments: SnapshotDropArguments) -> Json:
-    _check_names("snapshots", arguments.snapshots)
-    await services.snapshots.drop(arguments.snapshots)
+    check_names("snapshots", arguments.snapshots)
+    await services.snapshots.drop(arguments.snapshots, pulled=arguments.pulled)
     return {}
 
 
 @command("x-nbdbackup-query-snapshots", NoArguments)
 async def query_snapshots(services: Services, arguments: NoArguments) -> Json:
     del arguments
-    return [_snapshot_info(info) for info in services.snapshots.list()]
+    return [snapshot_info(info) for info in services.snapshots.list()]
 
 
 @command("x-nbdbackup-backup", BackupArguments)
@@ -99,7 +111,8 @@ async def backup(services: Services, arguments: BackupArguments) -> Json:
     return {"job-id": await services.backups.start(request)}
 
 
-def _check_names(parameter: str, names: list[str]) -> None:
+def check_names(parameter: str, names: list[str]) -> None:
+    """Raises UsageError if there are none, or one is there twice."""
     if not names:
         raise UsageError(f"Parameter '{parameter}' expects at least one name")
     for name in names:
@@ -112,7 +125,8 @@ def _check_positive(parameter: str, value: int | None) -> None:
         raise UsageError(f"Parameter '{parameter}' expects a positive number of bytes")
 
 
-def _snapshot_info(info: SnapshotInfo) -> dict[str, Json]:
+def snapshot_info(info: SnapshotInfo) -> dict[str, Json]:
+    """What is told of a snapshot."""
     return {
         "node": info.node,
         "name": info.name,
@@ -125,4 +139,5 @@ def _snapshot_info(info: SnapshotInfo) -> dict[str, Json]:
         "scratch-max": info.scratch_max,
         "state": "ok" if info.cause is None else "broken",
         "cause": info.cause,
+        "bitmap": info.bitmap,
     }

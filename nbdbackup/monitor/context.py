@@ -7,58 +7,14 @@ can cause, with a line for that user, and has then changed nothing.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Protocol
 
 from nbdbackup.errors import NbdBackupError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.registry import JobRegistry
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotOptions:
-    """How a snapshot is kept."""
-
-    name: str | None = None
-    """None: the UTC time, as 20261123T030405Z."""
-    scratch: str | None = None
-    """A directory or file for the saved clusters; None: the state directory."""
-    scratch_bytes_max: int | None = None
-    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
-    cbw_timeout_s: float = 0.0
-    """0: no limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
-    """One live point in time. Sizes are bytes."""
-
-    node: str
-    name: str
-    export: str
-    """`NODE@NAME`."""
-    uris: Sequence[str]
-    created: datetime
-    """UTC."""
-    size: int
-    cluster_size: int
-    scratch_used: int
-    scratch_max: int | None
-    cause: str | None = None
-    """Why it is broken; None: it is not."""
-
-
-class SnapshotService(Protocol):
-    """Points in time of nodes."""
-
-    async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
-        """Take one instant of all `nodes`; all of them or none."""
-
-    async def drop(self, exports: Sequence[str]) -> None:
-        """End the snapshots called `NODE@NAME`; none if one of them does not exist."""
-
-    def list(self) -> Sequence[SnapshotInfo]:
-        """Every live snapshot."""
+from nbdbackup.monitor.services_bitmaps import BitmapInfo, BitmapService
+from nbdbackup.monitor.services_snapshots import CheckpointService, SnapshotService
+from nbdbackup.monitor.steps import Step as Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +96,7 @@ class NodeInfo:
     read_only: bool
     allocated: int | None = None
     """What it takes up on its file system, where that is known."""
+    bitmaps: Sequence[BitmapInfo] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +123,6 @@ class GraphService(Protocol):
         """Close the node `name`, which nothing may use."""
 
 
-class Step(Protocol):
-    """One step of a transaction; a service makes it, `TransactionService.run` takes it."""
-
-    async def ready(self) -> None:
-        """Do what takes time. The rest of a step is between the services."""
-
-
 class TransactionService(Protocol):
     """Several steps at one instant."""
 
@@ -194,3 +144,5 @@ class Services:
     transactions: TransactionService
     request_shutdown: Callable[[], None]
     """Begin an orderly end of the daemon; returns at once."""
+    bitmaps: BitmapService
+    checkpoints: CheckpointService

@@ -10,7 +10,7 @@ each missing or of the wrong type, then the first unknown one.
 """
 
 from collections.abc import Mapping
-from typing import TypeVar, cast
+from typing import Annotated, TypeVar, cast
 
 import msgspec
 from msgspec import inspect
@@ -19,6 +19,10 @@ from nbdbackup.job.events import Json
 from nbdbackup.monitor.errors import QmpError
 
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
+UINT32_MAX = (1 << 32) - 1
+
+UInt32 = Annotated[int, msgspec.Meta(title="uint32_t")]
+"""An integer of 32 bits without a sign."""
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -61,6 +65,8 @@ def _check(expected: inspect.Type, value: Json, path: str) -> None:
         title = str((expected.extra_json_schema or {}).get("title", ""))
         expected = expected.type
     match expected:
+        case inspect.IntType() if title == "uint32_t":
+            _check_uint32(value, path)
         case inspect.StructType():
             _check_members(expected, _as_object(value, path), path)
         case inspect.UnionType():
@@ -131,6 +137,13 @@ def _check_scalar(expected: inspect.Type, value: Json, path: str) -> None:
         is_right = INT_MIN <= cast(int, value) <= INT_MAX
     if not is_right:
         raise _wrong_type(path, name)
+
+
+def _check_uint32(value: Json, path: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise QmpError(f"Parameter '{path}' expects uint64")
+    if not 0 <= value <= UINT32_MAX:
+        raise QmpError(f"Parameter '{path}' expects uint32_t")
 
 
 def _as_object(value: Json, path: str) -> Mapping[str, Json]:

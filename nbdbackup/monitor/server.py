@@ -21,7 +21,9 @@ from pathlib import Path
 from nbdbackup.errors import ConflictError, UsageError
 from nbdbackup.job.events import Event, Json
 from nbdbackup.monitor import (
+    commands_bitmaps,
     commands_block,
+    commands_checkpoints,
     commands_core,
     commands_jobs,
     commands_snapshots,
@@ -36,7 +38,15 @@ __all__ = ["MonitorServer", "monitor"]
 
 logger = logging.getLogger(__name__)
 
-COMMAND_MODULES = (commands_block, commands_core, commands_jobs, commands_snapshots, commands_transaction)
+COMMAND_MODULES = (
+    commands_bitmaps,
+    commands_block,
+    commands_checkpoints,
+    commands_core,
+    commands_jobs,
+    commands_snapshots,
+    commands_transaction,
+)
 """Importing them is what fills the table of commands."""
 
 CLIENTS_MAX = 64

@@ -5,9 +5,9 @@ So each tells the budget how many bytes it holds, and receives nothing more whil
 used up and it holds much. Who holds little can always go on with short requests: an honest client
 is never shut out, and the whole stays below `bytes_max`, one request, and a little for each client.
 
-Who uses the budget up and then neither sends nor receives a byte for `STALL_S`, while others wait
-for it, is disconnected. A client that stands still while nobody is in need (a stopped virtual
-machine) is left alone.
+Who uses the budget up and then, while others wait for it, sends and receives next to nothing of what it
+holds in `STALL_S` is disconnected: a byte now and then must not keep the memory for ever. A client
+that stands still while nobody is in need (a stopped virtual machine) is left alone.
 """
 
 import asyncio
@@ -17,13 +17,16 @@ BYTES_MAX = 256 << 20
 FREE_BYTES = 1 << 20
 """A request no longer than this starts in any case, if its session holds no more than this."""
 STALL_S = 30.0
+MOVED_SHARE_MIN = 1 / 16
+"""Of what a session holds, so much has to move in `STALL_S`."""
 
 
 class Holder(Protocol):
     """A session, as its budget sees it."""
 
-    last_progress: float
-    """When it last sent or received something, by the event loop's clock."""
+    @property
+    def moved_bytes(self) -> int:
+        """How much it has sent and received in its life."""
 
     def wake(self) -> None:
         """There is room again."""
@@ -41,6 +44,8 @@ class SharedBudget:
         self._held: dict[Holder, int] = {}
         self._waiting: set[Holder] = set()
         self._check: asyncio.TimerHandle | None = None
+        self._moved_before: dict[Holder, int] = {}
+        """How much each had moved when `_check` was set."""
 
     @property
     def is_full(self) -> bool:
@@ -61,7 +66,7 @@ class SharedBudget:
         """Wake `holder` when there is room."""
         self._waiting.add(holder)
         if self._check is None:
-            self._check = asyncio.get_running_loop().call_later(STALL_S, self._end_stalled)
+            self._check_later()
 
     def leave(self, holder: Holder) -> None:
         """`holder` has ended."""
@@ -75,11 +80,16 @@ class SharedBudget:
         self._check = None
         if not self._waiting:
             return
-        loop = asyncio.get_running_loop()
-        limit = loop.time() - STALL_S
         for holder, held_bytes in tuple(self._held.items()):
-            if held_bytes > FREE_BYTES and holder.last_progress < limit:
+            if holder not in self._moved_before or held_bytes <= FREE_BYTES:
+                continue
+            moved = holder.moved_bytes - self._moved_before[holder]
+            if moved < held_bytes * MOVED_SHARE_MIN:
                 holder.disconnect(
-                    f"it kept {held_bytes} bytes that others need, and stood still for {STALL_S:.0f} s"
+                    f"it kept {held_bytes} bytes that others need, and moved {moved} in {STALL_S:.0f} s"
                 )
-        self._check = loop.call_later(STALL_S, self._end_stalled)
+        self._check_later()
+
+    def _check_later(self) -> None:
+        self._moved_before = {holder: holder.moved_bytes for holder in self._held}
+        self._check = asyncio.get_running_loop().call_later(STALL_S, self._end_stalled)

@@ -43,12 +43,14 @@ class ByteStream(Protocol):
 class ReceiveBuffer:
     """Bytes `[start, end)` of `view` were received and are not used yet."""
 
-    __slots__ = ("end", "start", "view")
+    __slots__ = ("end", "received_bytes", "start", "view")
 
     def __init__(self) -> None:
         self.view = memoryview(mmap.mmap(-1, RECEIVE_BYTES))
         self.start = 0
         self.end = 0
+        self.received_bytes = 0
+        """In all."""
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -70,6 +72,7 @@ class ReceiveBuffer:
             self._compact()
         length = stream.recv_into(self.view[self.end :])
         self.end += length
+        self.received_bytes += length
         return length
 
     def consume(self, length: int) -> None:
@@ -91,7 +94,7 @@ class ReplyBuffer:
     finish meanwhile go to the queue.
     """
 
-    __slots__ = ("_queue", "_sent", "is_blocked", "queued_bytes", "used", "view")
+    __slots__ = ("_queue", "_sent", "is_blocked", "queued_bytes", "sent_bytes", "used", "view")
 
     def __init__(self) -> None:
         self.view = memoryview(mmap.mmap(-1, REPLY_BYTES))
@@ -99,6 +102,8 @@ class ReplyBuffer:
         self.is_blocked = False
         self.queued_bytes = 0
         """What the queue keeps in memory."""
+        self.sent_bytes = 0
+        """In all."""
         self._sent = 0
         self._queue: deque[memoryview] = deque()
 
@@ -139,7 +144,9 @@ class ReplyBuffer:
         """
         try:
             while self._sent < self.used:
-                self._sent += stream.send(self.view[self._sent : self.used])
+                length = stream.send(self.view[self._sent : self.used])
+                self._sent += length
+                self.sent_bytes += length
             self.used = self._sent = 0
             while self._queue:
                 self._drop(stream.sendmsg(islice(self._queue, PIECES_PER_SEND_MAX)))
@@ -152,6 +159,7 @@ class ReplyBuffer:
     def _drop(self, length: int) -> None:
         """The first `length` bytes of the queue were sent."""
         self.queued_bytes -= length
+        self.sent_bytes += length
         while self._queue and length >= len(self._queue[0]):
             length -= len(self._queue.popleft())
         if length:

@@ -34,6 +34,8 @@ class Export:
     """Shown to clients with TLS alone; so is every snapshot of it."""
     authorised: tuple[PeerName, ...] | None = None
     """Shown to these alone, and so is every snapshot of it; None: to whoever comes in."""
+    all_bitmaps: bool = False
+    """Every dirty bitmap of the node is a meta context of it, as they come and go."""
     clients: set[Client] = field(default_factory=set)
     contexts: ContextTable = field(init=False)
     """What BLOCK_STATUS can tell of it."""

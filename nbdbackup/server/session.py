@@ -81,7 +81,6 @@ class Session:
         self._bytes_in_flight = 0
         self._bytes_held = 0
         self._lacks_room = False
-        self.last_progress = self._loop.time()
         self._no_more_requests = False
         self._was_told_goodbye = False
         self._stream_ended = False
@@ -97,6 +96,11 @@ class Session:
     def export_name(self) -> str:
         """What it serves."""
         return self._export.name
+
+    @property
+    def moved_bytes(self) -> int:
+        """How many bytes it has received and sent."""
+        return self._received.received_bytes + self._replies.sent_bytes
 
     @property
     def requests_in_flight(self) -> int:
@@ -170,7 +174,6 @@ class Session:
             self._turn()
 
     def _on_writable(self) -> None:
-        self.last_progress = self._loop.time()
         self._turn()
 
     def _receive(self) -> bool:
@@ -183,7 +186,6 @@ class Session:
         except OSError as error:
             self._end(error)
             return False
-        self.last_progress = self._loop.time()
         return True
 
     def _schedule_turn(self) -> None:

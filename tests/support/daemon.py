@@ -18,6 +18,8 @@ from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.bitmaps import Bitmaps
+from nbdbackup.daemon.checkpoints import Checkpoints
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.job.registry import JobRegistry
@@ -40,11 +42,13 @@ class Daemon:
     snapshots: Snapshots
     backups: Backups
     jobs: JobRegistry
+    bitmaps: Bitmaps
+    checkpoints: Checkpoints
 
     def add(self, name: str, device: BlockDevice, filename: str = "") -> Node:
         """Serve `device` as node and export `name`."""
         node = self.graph.insert(name, device, "raw", filename, False)
-        self.exports.add(Export(name, node))
+        self.exports.add(Export(name, node, all_bitmaps=True))
         return node
 
     def add_file(self, name: str, path: Path, content: bytes) -> Node:
@@ -68,12 +72,14 @@ async def composed(directory: Path, remote: RemoteOptions | None = None) -> Asyn
     scratch.mkdir()
     exports = ExportTable()
     graph = Graph(exports)
+    bitmaps = Bitmaps(graph, exports)
     snapshots = Snapshots(graph, Server(exports, []), scratch)
+    checkpoints = Checkpoints(bitmaps, snapshots)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
         backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
-            yield Daemon(scratch, exports, graph, snapshots, backups, jobs)
+            yield Daemon(scratch, exports, graph, snapshots, backups, jobs, bitmaps, checkpoints)
         finally:
             await jobs.cancel_all()
             await snapshots.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nbdbackup.daemon.transaction import Transactions
+from nbdbackup.daemon.transaction import Action, Transactions
 from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
@@ -19,10 +19,11 @@ from nbdbackup.monitor.context import (
     NodeInfo,
     RawNode,
     Services,
-    SnapshotInfo,
-    SnapshotOptions,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
+from nbdbackup.monitor.services_bitmaps import BitmapChange
+from nbdbackup.monitor.services_snapshots import CheckpointInfo, SnapshotInfo, SnapshotOptions
+from nbdbackup.monitor.steps import Step
 from tests.support.jobs import WAIT_S_MAX, ScriptedJob
 
 CREATED = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
@@ -32,6 +33,7 @@ CREATED = datetime(2026, 11, 23, 3, 4, 5, tzinfo=UTC)
 class FakeSnapshots:
     taken: list[tuple[list[str], SnapshotOptions]] = field(default_factory=list)
     infos: list[SnapshotInfo] = field(default_factory=list)
+    drops_pulled: list[bool] = field(default_factory=list)
 
     async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
         self.taken.append((list(nodes), options))
@@ -53,7 +55,8 @@ class FakeSnapshots:
         self.infos += made
         return made
 
-    async def drop(self, exports: Sequence[str]) -> None:
+    async def drop(self, exports: Sequence[str], *, pulled: bool = False) -> None:
+        self.drops_pulled.append(pulled)
         for export in exports:
             if export not in [info.export for info in self.infos]:
                 raise NotFoundError(f"No snapshot is called '{export}'")
@@ -109,6 +112,34 @@ class FakeGraph:
 
     async def delete(self, name: str) -> None:
         self.deleted.append(name)
+
+
+@dataclass
+class FakeBitmaps:
+    changes: list[BitmapChange] = field(default_factory=list)
+
+    def action(self, change: BitmapChange) -> Step:
+        self.changes.append(change)
+        return Action()
+
+
+@dataclass
+class FakeCheckpoints:
+    """Those of `infos`; what it creates is a snapshot."""
+
+    snapshots: FakeSnapshots
+    infos: list[CheckpointInfo] = field(default_factory=list)
+    deleted: list[tuple[list[str], str]] = field(default_factory=list)
+
+    async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
+        return await self.snapshots.create(nodes, options)
+
+    async def delete(self, nodes: Sequence[str], name: str) -> Sequence[CheckpointInfo]:
+        self.deleted.append((list(nodes), name))
+        return [info for info in self.infos if info.name == name]
+
+    def list(self) -> Sequence[CheckpointInfo]:
+        return self.infos
 
 
 class QmpClient:
@@ -182,6 +213,8 @@ class Bench:
     backups: FakeBackups
     graph: FakeGraph
     shutdown: asyncio.Event
+    bitmaps: FakeBitmaps
+    checkpoints: FakeCheckpoints
 
     @asynccontextmanager
     async def connected(self, negotiate: bool = True) -> AsyncIterator[QmpClient]:
@@ -210,9 +243,19 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
         jobs = JobRegistry(tasks)
         snapshots, backups, graph = FakeSnapshots(), FakeBackups(jobs), FakeGraph()
         shutdown = asyncio.Event()
-        services = Services(jobs, snapshots, backups, graph, Transactions(), shutdown.set)
+        bitmaps, checkpoints = FakeBitmaps(), FakeCheckpoints(snapshots)
+        services = Services(
+            jobs,
+            snapshots,
+            backups,
+            graph,
+            Transactions(),
+            shutdown.set,
+            bitmaps=bitmaps,
+            checkpoints=checkpoints,
+        )
         async with monitor(path, services) as server:
             try:
-                yield Bench(path, server, jobs, snapshots, backups, graph, shutdown)
+                yield Bench(path, server, jobs, snapshots, backups, graph, shutdown, bitmaps, checkpoints)
             finally:
                 await jobs.cancel_all()

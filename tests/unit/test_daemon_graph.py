@@ -12,7 +12,8 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
-from nbdbackup.monitor.context import FileNode, RawNode, SnapshotOptions
+from nbdbackup.monitor.context import FileNode, RawNode
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from nbdbackup.server.exports import Export, ExportTable
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.faults import FaultyDevice

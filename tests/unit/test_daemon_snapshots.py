@@ -11,7 +11,7 @@ import pytest
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, SnapshotError, UsageError
-from nbdbackup.monitor.context import SnapshotOptions
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from nbdbackup.nbd.constants import Command
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.fleecing import make_gate, open_all_gates

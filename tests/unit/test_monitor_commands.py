@@ -10,10 +10,10 @@ from nbdbackup.monitor.context import (
     BackupRequest,
     FileNode,
     RawNode,
-    SnapshotOptions,
     TargetNode,
     TargetPath,
 )
+from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from tests.support.monitor import bench
 
 SNAPSHOT = {
@@ -28,6 +28,7 @@ SNAPSHOT = {
     "scratch-max": None,
     "state": "ok",
     "cause": None,
+    "bitmap": None,
 }
 
 

@@ -44,7 +44,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 class FakeHolder:
     def __init__(self) -> None:
-        self.last_progress = asyncio.get_running_loop().time()
+        self.moved_bytes = 0
         self.woken = 0
         self.reason = ""
 
@@ -80,10 +80,26 @@ async def test_budget_ends_who_stands_still_while_others_wait(monkeypatch: pytes
     budget.hold(stalled, FREE_BYTES + 1)
     budget.wait(waiting)
     await until(lambda: bool(stalled.reason))
-    assert "stood still" in stalled.reason
+    assert "moved 0 in" in stalled.reason
     assert not small.reason
     assert not waiting.reason
     for holder in (stalled, small, waiting):
+        budget.leave(holder)
+
+
+async def test_budget_ends_who_moves_a_byte_now_and_then_but_not_who_moves_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget_module, "STALL_S", 0.05)
+    budget = SharedBudget(FREE_BYTES)
+    dripping, slow, waiting = FakeHolder(), FakeHolder(), FakeHolder()
+    budget.hold(dripping, 16 * FREE_BYTES)
+    budget.hold(slow, 16 * FREE_BYTES)
+    budget.wait(waiting)
+    dripping.moved_bytes, slow.moved_bytes = FREE_BYTES - 1, FREE_BYTES
+    await until(lambda: bool(dripping.reason))
+    assert not slow.reason
+    for holder in (dripping, slow, waiting):
         budget.leave(holder)
 
 

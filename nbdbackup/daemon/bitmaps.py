@@ -1,0 +1,296 @@
+"""Dirty bitmaps as users change them: each change is a step of a transaction, exactly undoable.
+
+The order of the checks is QEMU's. A bitmap is looked up when the step is taken, so that it may have
+been made by the step before; a bitmap that is to be removed stays, busy, until all steps were taken.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from nbdbackup.bitmap.dirty import DirtyBitmap, Planes, SavedBits
+from nbdbackup.bitmap.node_bitmaps import (
+    check_changeable,
+    check_granularity,
+    check_removable,
+    check_same_size,
+    check_usable,
+    default_granularity,
+)
+from nbdbackup.block.node import Node
+from nbdbackup.daemon.graph import Entry, Graph
+from nbdbackup.daemon.transaction import Action
+from nbdbackup.errors import NotFoundError, UsageError
+from nbdbackup.fleece.dirty_tracker import DirtyTracker
+from nbdbackup.monitor.services_bitmaps import (
+    BitmapAdd,
+    BitmapChange,
+    BitmapClear,
+    BitmapEnable,
+    BitmapMerge,
+    BitmapRemove,
+)
+from nbdbackup.server.bitmap_context import BitmapContext, context_name
+from nbdbackup.server.exports import Export, ExportTable
+
+REMOVER = "its removal"
+
+
+class BitmapStore(Protocol):
+    """Keeps persistent bitmaps where they outlive the server."""
+
+    async def create(self, node: Node, name: str, granularity: int, *, enabled: bool) -> Planes:
+        """Room for a new bitmap's bits, all clear.
+
+        Raises:
+            NbdBackupError, OSError: it cannot be kept there.
+        """
+
+    async def forget(self, node: Node, name: str) -> None:
+        """The bitmap was removed, or its addition undone: give its room back. Must not fail."""
+
+    def note_enabled(self, node: Node, bitmap: DirtyBitmap) -> None:
+        """Whether it records has changed."""
+
+
+class Bitmaps:
+    """Implements the monitor's `BitmapService`; `store` keeps persistent bitmaps (None: nobody does)."""
+
+    def __init__(self, graph: Graph, exports: ExportTable, store: BitmapStore | None = None) -> None:
+        self.graph = graph
+        self.exports = exports
+        self.store = store
+
+    def action(self, change: BitmapChange) -> Action:
+        """The step of a transaction that makes `change`."""
+        match change:
+            case BitmapAdd():
+                return AddBitmap(self, change)
+            case BitmapRemove():
+                return RemoveBitmap(self, change.node, change.name)
+            case BitmapClear():
+                return ClearBitmap(self, change.node, change.name)
+            case BitmapEnable():
+                return EnableBitmap(self, change.node, change.name, enabled=change.enabled)
+            case BitmapMerge():
+                return MergeBitmaps(self, change)
+
+    def entry(self, node: str) -> Entry:
+        """The node called `node`, for a change of one of its bitmaps.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        try:
+            return self.graph.entry(node)
+        except NotFoundError:
+            raise NotFoundError(f"Node '{node}' not found") from None
+
+    # How bitmaps come and go: for steps of transactions, while the node is drained.
+
+    def insert(self, entry: Entry, bitmap: DirtyBitmap) -> None:
+        """Let `bitmap`, for which `NodeBitmaps.check_new` found nothing, be one of the node's."""
+        entry.bitmaps.add(bitmap)
+        _track(entry)
+
+    def take_out(self, entry: Entry, bitmap: DirtyBitmap) -> None:
+        """Undo `insert`."""
+        entry.bitmaps.remove(bitmap)
+        _track(entry)
+
+    def offer(self, entry: Entry, bitmap: DirtyBitmap) -> None:
+        """Show `bitmap` to the clients of the node's exports, as far as these show all of them."""
+        for export in self._exports_of(entry):
+            export.contexts.add(context_name(bitmap.name), BitmapContext(bitmap))
+
+    def withdraw(self, entry: Entry, bitmap: DirtyBitmap) -> None:
+        """Undo `offer`."""
+        for export in self._exports_of(entry):
+            export.contexts.remove(context_name(bitmap.name))
+
+    def _exports_of(self, entry: Entry) -> Sequence[Export]:
+        return [export for export in self.exports if export.node is entry.node and export.all_bitmaps]
+
+
+def _track(entry: Entry) -> None:
+    """Have a tracker on the node while it has bitmaps."""
+    node, bitmaps = entry.node, entry.bitmaps
+    tracker = next((device for device in node.filters if isinstance(device, DirtyTracker)), None)
+    if tracker is None:
+        if len(bitmaps):
+            node.push(DirtyTracker(node.child, bitmaps))
+    elif len(bitmaps):
+        tracker.bitmaps = tuple(bitmaps)
+    else:
+        node.remove(tracker)
+
+
+class BitmapAction(Action):
+    """A step that changes one bitmap of the node called `node`; subclasses say how in `take`."""
+
+    def __init__(self, bitmaps: Bitmaps, node: str, name: str) -> None:
+        self.name = name
+        self._bitmaps = bitmaps
+        self._node = node
+        self._entry: Entry | None = None
+        self._bitmap: DirtyBitmap | None = None
+
+    @property
+    def entry(self) -> Entry:
+        """The node; known since `ready`."""
+        assert self._entry is not None
+        return self._entry
+
+    @property
+    def bitmap(self) -> DirtyBitmap:
+        """The bitmap; known since `prepare`."""
+        assert self._bitmap is not None
+        return self._bitmap
+
+    async def ready(self) -> None:
+        self._entry = self._bitmaps.entry(self._node)
+
+    def nodes(self) -> Sequence[Node]:
+        return [self.entry.node]
+
+    def prepare(self) -> None:
+        self._bitmap = self.entry.bitmaps.get(self.name)
+        self.take()
+
+    def take(self) -> None:
+        """Check the bitmap and change it; see `prepare`."""
+
+
+class AddBitmap(BitmapAction):
+    """block-dirty-bitmap-add."""
+
+    def __init__(self, bitmaps: Bitmaps, request: BitmapAdd) -> None:
+        super().__init__(bitmaps, request.node, request.name)
+        self._request = request
+        self._made: DirtyBitmap | None = None
+
+    async def ready(self) -> None:
+        request = self._request
+        if not request.name:
+            raise UsageError("Bitmap name cannot be empty")
+        entry = self._entry = self._bitmaps.graph.entry(request.node)
+        granularity = default_granularity() if request.granularity is None else request.granularity
+        check_granularity(granularity)
+        planes = None
+        if request.persistent:
+            planes = await self._make_room(entry, granularity)
+        self._made = DirtyBitmap(
+            request.name,
+            entry.node.size,
+            granularity,
+            enabled=request.enabled,
+            persistent=request.persistent,
+            planes=planes,
+        )
+
+    async def _make_room(self, entry: Entry, granularity: int) -> Planes:
+        store, request = self._bitmaps.store, self._request
+        if store is None:
+            raise UsageError(f"Can't store persistent bitmaps to {request.node}: Operation not supported")
+        # What is stored under that name must not be touched for an addition that is refused.
+        entry.bitmaps.check_new(request.name)
+        return await store.create(entry.node, request.name, granularity, enabled=request.enabled)
+
+    def prepare(self) -> None:
+        assert self._made is not None
+        self.entry.bitmaps.check_new(self.name)
+        self._bitmap = self._made
+        self._bitmaps.insert(self.entry, self._made)
+
+    def commit(self) -> None:
+        self._bitmaps.offer(self.entry, self.bitmap)
+        self._made = None
+
+    def abort(self) -> None:
+        self._bitmaps.take_out(self.entry, self.bitmap)
+
+    async def clean(self) -> None:
+        if self._made is not None and self._made.persistent and self._bitmaps.store is not None:
+            await self._bitmaps.store.forget(self.entry.node, self.name)
+
+
+class RemoveBitmap(BitmapAction):
+    """block-dirty-bitmap-remove."""
+
+    _is_removed = False
+
+    def take(self) -> None:
+        check_removable(self.bitmap)
+        self.bitmap.users.append(REMOVER)
+
+    def abort(self) -> None:
+        self.bitmap.users.remove(REMOVER)
+
+    def commit(self) -> None:
+        self._bitmaps.take_out(self.entry, self.bitmap)
+        if not self.bitmap.inconsistent:
+            self._bitmaps.withdraw(self.entry, self.bitmap)
+        self._is_removed = True
+
+    async def clean(self) -> None:
+        if self._is_removed and self.bitmap.persistent and self._bitmaps.store is not None:
+            await self._bitmaps.store.forget(self.entry.node, self.name)
+
+
+class ClearBitmap(BitmapAction):
+    """block-dirty-bitmap-clear."""
+
+    _saved: SavedBits
+
+    def take(self) -> None:
+        check_changeable(self.bitmap)
+        self._saved = self.bitmap.clear()
+
+    def abort(self) -> None:
+        self.bitmap.restore(self._saved)
+
+
+class EnableBitmap(BitmapAction):
+    """block-dirty-bitmap-enable, and with `enabled` False block-dirty-bitmap-disable."""
+
+    def __init__(self, bitmaps: Bitmaps, node: str, name: str, *, enabled: bool) -> None:
+        super().__init__(bitmaps, node, name)
+        self._enabled = enabled
+        self._was_enabled = False
+
+    def take(self) -> None:
+        check_changeable(self.bitmap)
+        self._was_enabled = self.bitmap.enabled
+        self.set_enabled(self._enabled)
+
+    def abort(self) -> None:
+        self.set_enabled(self._was_enabled)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Let the bitmap record or not, here and in the store."""
+        self.bitmap.enabled = enabled
+        if self.bitmap.persistent and self._bitmaps.store is not None:
+            self._bitmaps.store.note_enabled(self.entry.node, self.bitmap)
+
+
+class MergeBitmaps(BitmapAction):
+    """block-dirty-bitmap-merge: all sources are looked at before the target is."""
+
+    _saved: SavedBits
+
+    def __init__(self, bitmaps: Bitmaps, request: BitmapMerge) -> None:
+        super().__init__(bitmaps, request.node, request.target)
+        self._request = request
+
+    def take(self) -> None:
+        sources = []
+        for node, name in self._request.sources:
+            source = self._bitmaps.entry(node).bitmaps.get(name)
+            check_usable(source)
+            check_same_size(self.bitmap, source)
+            sources.append(source)
+        check_usable(self.bitmap)
+        self._saved = self.bitmap.save()
+        self.bitmap.merge(sources)
+
+    def abort(self) -> None:
+        self.bitmap.restore(self._saved)
