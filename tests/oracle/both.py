@@ -306,6 +306,12 @@ class Both:
                 self._noted.append(f"{step}: {side.name}: {first_difference(contents[0], content)}")
         return contents[0]
 
+    def content_differs(self, name: str, differs: Difference) -> None:
+        """The bytes of the file `{dir}/NAME` are not the same on both sides."""
+        step = self._step(f"content of {name}")
+        contents = [(side.directory / name).read_bytes() for side in self.sides]
+        self._compare(step, [content.hex() for content in contents], differs)
+
     def expect_content(self, name: str, expected: bytes) -> None:
         """The file begins with these bytes."""
         actual = self.content(name, len(expected))

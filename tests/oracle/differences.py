@@ -96,3 +96,8 @@ TIMEOUT_ERROR = Difference(
     ours="fails it with EIO",
     why="the client's request was valid",
 )
+TOP_OF_RAW = Difference(
+    qemu="takes all of a raw file for allocated in the top layer, and copies its holes as zeroes",
+    ours="takes a raw file's holes for what is not in the top layer",
+    why="it is the only layer that a raw file has, and a sparse disk is copied in the time its data takes",
+)

@@ -125,6 +125,17 @@ async def test_speed_set_and_lifted_while_running(both: Both) -> None:
     both.expect_content("target.img", both.content("disk.img"))
 
 
+@script(pending="sync modes")
+async def test_top_of_a_sparse_raw_file(both: Both) -> None:
+    await both.disk("disk", MIB, (0, MIB // 2, 1))
+    await both.disk("target", MIB, (0, MIB, 9))
+    both.imprecise("j", PROGRESS, LENGTH)
+    await start(both, sync="top")
+    await both.wait("j", "null")
+    both.expect_content("target.img", bytes([1]) * (MIB // 2))
+    both.content_differs("target.img", differences.TOP_OF_RAW)
+
+
 @script()
 async def test_zeroes_overwrite_what_the_target_had(both: Both) -> None:
     await both.disk("disk", MIB, (0, 100 * KIB, 1))

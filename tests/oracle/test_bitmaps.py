@@ -8,7 +8,7 @@ from tests.oracle.both import CLUSTER, KIB, MIB, Both
 from tests.oracle.script import script
 
 
-@script(pending="bitmaps")
+@script()
 async def test_adding_and_removing(both: Both) -> None:
     await disks(both)
     for arguments in (
