@@ -61,7 +61,12 @@ class Both:
         self._parted = False
 
     async def __aenter__(self) -> Self:
-        await self._everywhere(lambda side: side.__aenter__())
+        try:
+            await self._everywhere(lambda side: side.__aenter__())
+        except BaseException:
+            # Those that did start: nobody else will end them.
+            await asyncio.gather(*(side.kill() for side in self.sides))
+            raise
         return self
 
     async def __aexit__(
@@ -98,7 +103,8 @@ class Both:
         good: list[T] = []
         for result in results:
             if isinstance(result, BaseException):
-                result.add_note("\n".join(self._shown()))
+                if self._steps:
+                    result.add_note("\n".join(self._shown()))
                 raise result
             good.append(result)
         return good

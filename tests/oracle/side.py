@@ -85,7 +85,7 @@ class Side(ABC):
             await self._client.receive()
             await self._client.execute("qmp_capabilities")
         except BaseException:
-            await self._kill()
+            await self.kill()
             raise
         return self
 
@@ -232,15 +232,15 @@ class Side(ABC):
                 if exception[0] is None and (status != 0 or "Traceback" in self.log()):
                     raise SideFailed(f"{self.name} ended with status {status}\n{self.log()}")
         finally:
-            await self._kill()
-            await self._stack.aclose()
+            await self.kill()
 
-    async def _kill(self) -> None:
-        assert self._process is not None
+    async def kill(self) -> None:
+        """End everything at once, whatever has been started."""
         for process in (*self._clients, self._process):
-            if process.returncode is None:
+            if process is not None and process.returncode is None:
                 process.kill()
                 await process.wait()
+        await self._stack.aclose()
 
 
 class QemuSide(Side):
