@@ -101,3 +101,18 @@ TOP_OF_RAW = Difference(
     ours="takes a raw file's holes for what is not in the top layer",
     why="it is the only layer that a raw file has, and a sparse disk is copied in the time its data takes",
 )
+ARRAY_ELEMENT = Difference(
+    qemu="calls an element of an array, if it has the wrong type, 'null'",
+    ours="calls it as it stands: 'bitmaps[1]'",
+    why="'null' is a mistake",
+)
+BITMAP_TWICE = Difference(
+    qemu="exports a bitmap twice under one name if it is listed twice",
+    ours="refuses it: the bitmap is in use",
+    why="no client could tell the two from each other",
+)
+VIEW_REFUSES = Difference(
+    qemu="answers a read of what a view does not have (EACCES, which NBD has not) with EINVAL",
+    ours="answers it with EPERM",
+    why="the client's request was valid, but may not be",
+)
