@@ -431,11 +431,11 @@ class Both:
             await self.unserve(export)
         return [(offset, length) for offset, length, kind in extents if kind]
 
-    async def bitmaps(self) -> dict[str, Json]:
+    async def bitmaps(self, differs: Difference | None = None) -> dict[str, Json]:
         """What query-named-block-nodes says of the bitmaps with a name, of each node that has any."""
         step = self._step("bitmaps of all nodes")
         found = await self._everywhere(bitmaps_of)
-        self._compare(step, found)
+        self._compare(step, found, differs)
         return found[0]
 
 

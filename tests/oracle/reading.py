@@ -53,12 +53,12 @@ def joined(extents: Sequence[Mapping[str, int]]) -> list[tuple[int, int, int]]:
 
 
 async def bitmaps_of(side: Side) -> dict[str, Json]:
-    """By node; those without a name are the daemon's own."""
+    """By node, and by name: their order says nothing. Those without a name are the daemon's own."""
     found: dict[str, Json] = {}
     for node in await side.listed("query-named-block-nodes"):
         listed = node.get("dirty-bitmaps", [])
         assert isinstance(listed, list)
-        named = [info for info in listed if isinstance(info, dict) and info.get("name")]
+        named = {str(info["name"]): info for info in listed if isinstance(info, dict) and info.get("name")}
         if named:
-            found[str(node["node-name"])] = named
+            found[str(node["node-name"])] = [named[name] for name in sorted(named)]
     return found
