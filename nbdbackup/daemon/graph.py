@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import NodeBitmaps
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node
@@ -62,6 +63,10 @@ class Graph:
             return self._entries[name]
         except KeyError:
             raise NotFoundError(f"Cannot find device='{name}' nor node-name='{name}'") from None
+
+    def find_bitmap(self, node: Node, name: str) -> DirtyBitmap | None:
+        """The bitmap of `node` that is called `name`, if there is one."""
+        return self.entry(node.name).bitmaps.find(name)
 
     def insert(self, name: str, device: BlockDevice, driver: str, filename: str, read_only: bool) -> Node:
         """Make the node `name` of `device`, which is the graph's to close from now on."""

@@ -13,7 +13,6 @@ from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import (
-    BackupRequest,
     ExportInfo,
     FileNode,
     NodeInfo,
@@ -21,6 +20,7 @@ from nbdbackup.monitor.context import (
     Services,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
+from nbdbackup.monitor.services_backup import BackupRequest
 from nbdbackup.monitor.services_bitmaps import BitmapChange
 from nbdbackup.monitor.services_snapshots import CheckpointInfo, SnapshotInfo, SnapshotOptions
 from nbdbackup.monitor.steps import Step
@@ -78,7 +78,13 @@ class FakeBackups:
     """How far a new job goes without being told."""
     steps_in_all: int = 1
 
+    def action(self, request: BackupRequest) -> "FakeBackupAction":
+        return FakeBackupAction(self, request)
+
     async def start(self, request: BackupRequest) -> str:
+        return self.begin(request)
+
+    def begin(self, request: BackupRequest) -> str:
         self.requests.append(request)
         if self.failure is not None:
             raise self.failure
@@ -94,6 +100,15 @@ class FakeBackups:
         job.step(self.steps_allowed)
         self.started.append(job)
         return job.id
+
+
+@dataclass(eq=False)
+class FakeBackupAction(Action):
+    backups: FakeBackups
+    request: BackupRequest
+
+    def prepare(self) -> None:
+        self.backups.begin(self.request)
 
 
 @dataclass
