@@ -112,7 +112,7 @@ async def test_every_verb_of_a_job_that_does_not_exist(both: Both) -> None:
 
 @pytest.mark.parametrize("pause", ["job-pause", "block-job-pause"])
 @pytest.mark.parametrize("resume", ["job-resume", "block-job-resume"])
-@script(pending="a paused job takes a new speed without running")
+@script()
 async def test_pause_and_resume(both: Both, pause: str, resume: str) -> None:
     await disks(both)
     await start(both, **BY_HAND, **HELD)
