@@ -27,7 +27,7 @@ async def test_quit_cancels_jobs(both: Both, status: str) -> None:
     await _quit(both)
 
 
-@script(pending="the end dismisses jobs that are dismissed by hand")
+@script()
 async def test_quit_cancels_what_waits_to_be_finalized(both: Both) -> None:
     await disks(both)
     await start(both, **BY_HAND)
