@@ -116,8 +116,8 @@ VIEW_REFUSES = Difference(
     why="the client's request was valid, but may not be",
 )
 ABORTED_ALWAYS = Difference(
-    qemu="takes a backup with bitmap-mode=always whose transaction is aborted for a job that failed, and adds to "
-    "the bitmap all that it would have copied",
+    qemu="takes a backup with bitmap-mode=always whose transaction is aborted for a failed job: all that it "
+    "would have copied is added to the bitmap",
     ours="leaves the bitmap as it was",
     why="an aborted transaction has changed nothing",
 )

@@ -69,7 +69,7 @@ async def test_sync_none_saves_what_clients_overwrite(both: Both) -> None:
     both.content("target.img")
 
 
-@script(pending="order and texts of what backup refuses")
+@script()
 async def test_what_backup_refuses(both: Both) -> None:
     await disks(both)
     await both.disk("small", MIB // 2)
@@ -125,7 +125,7 @@ async def test_speed_set_and_lifted_while_running(both: Both) -> None:
     both.expect_content("target.img", both.content("disk.img"))
 
 
-@script(pending="sync modes")
+@script()
 async def test_top_of_a_sparse_raw_file(both: Both) -> None:
     await both.disk("disk", MIB, (0, MIB // 2, 1))
     await both.disk("target", MIB, (0, MIB, 9))

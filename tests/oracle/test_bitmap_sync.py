@@ -99,7 +99,7 @@ BITMAP_MODES = (None, "on-success", "never", "always", "bogus")
 
 
 @pytest.mark.parametrize("sync", SYNC_MODES)
-@script(pending="bitmaps")
+@script()
 async def test_what_is_refused(both: Both, sync: str) -> None:
     await both.disk("disk", MIB, (0, MIB, 1))
     await both.disk("target", MIB)

@@ -127,7 +127,7 @@ async def test_a_client_write_that_cannot_be_saved_fails(both: Both) -> None:
     both.content("disk.img")
 
 
-@script(pending="error policies")
+@script()
 async def test_policies_that_are_refused(both: Both) -> None:
     await both.disk("disk", MIB)
     await both.disk("target", MIB)

@@ -8,6 +8,7 @@ from tests.oracle.backups import BY_HAND, HELD, ONE_BY_ONE
 from tests.oracle.both import CLUSTER, MIB, Both
 from tests.oracle.masks import PROGRESS
 from tests.oracle.script import script
+from tests.oracle.side import NewerQemuSide
 
 Action = tuple[str, dict[str, Json]]
 
@@ -268,7 +269,7 @@ async def test_malformed_transactions(both: Both) -> None:
     await both.run("transaction", actions=[], properties={})
 
 
-@script(pending="transactions")
+@script(pending="transactions", reference=NewerQemuSide)
 async def test_grouped_completion_is_for_jobs_alone(both: Both) -> None:
     await pair(both, fails=False)
     await both.transaction(bitmap("clear"), mode="grouped", fails=True)
