@@ -278,6 +278,9 @@ class DirtyBitmap:
         self._count = saved.count
         self._changed()
 
+    def forget(self, saved: SavedBits) -> None:
+        """The change that `saved` is from is final: `restore` will not be called."""
+
     def _set_few(self, runs: Iterator[Extent]) -> bool:
         """Set the bits of `runs`; False if there are so many that it goes quicker by the whole map."""
         own, shift = self._planes.own, self._shift
