@@ -48,7 +48,10 @@ nbdbackup, QEMU, qemu-nbd); a remote one cannot be: let nobody else write to it.
 encrypted and whoever can connect can read and write; with it, everything is, and with
 --tls-verify-peer only those with a certificate come in.
 
-Started by systemd with sockets of its own (LISTEN_FDS), it serves on those, and prints nothing."""
+Started by systemd with sockets of its own (LISTEN_FDS), it serves on those, and prints nothing.
+
+With --control and no SOURCE it serves whatever QMP clients add (blockdev-add, block-export-add) and, without
+-b, -p and -k, listens where they say (nbd-server-start)."""
 
 EPILOG = """\
 examples:
@@ -62,7 +65,7 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser("serve", help="serve disks over NBD", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
         "sources",
-        nargs="+",
+        nargs="*",
         metavar="[NAME=]SOURCE",
         help="a raw file, a block device or an export of another NBD server (nbd://HOST[:PORT]/EXPORT, "
         "nbd+unix:///EXPORT?socket=PATH); NAME, of the node and the export, defaults to the file's name "
@@ -271,6 +274,8 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
     Raises:
         UsageError: they contradict each other, or a name is not one.
     """
+    if not namespace.sources:
+        _refuse_nothing_to_serve(namespace)
     if namespace.export_name is not None and len(namespace.sources) > 1:
         raise UsageError("-x/--export-name is for one SOURCE; write NAME=SOURCE for each of several")
     if namespace.persistent and namespace.exit_on_last:
@@ -286,7 +291,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
     return ServeOptions(
         sources=_authorise(_mark_read_only(sources, namespace.read_only_export), namespace.export_authz, tls),
         listeners=_inherited_listeners(namespace)
-        or _listeners(namespace.bind, namespace.port, namespace.socket),
+        or _listeners(namespace.bind, namespace.port, namespace.socket, by_default=bool(sources)),
         allowed=tuple(namespace.allow),
         control=_socket_path("--control", str(control_path(namespace.control))),
         # A mistyped path must fail, and not come into being; the default one is ours to make.
@@ -427,13 +432,24 @@ def _inherited_listeners(namespace: argparse.Namespace) -> tuple[InheritedSocket
     return inherited
 
 
+def _refuse_nothing_to_serve(namespace: argparse.Namespace) -> None:
+    """Raise UsageError where there has to be a SOURCE."""
+    if namespace.control is None:
+        raise UsageError("no SOURCE: name a disk to serve, or give --control PATH and add disks over QMP")
+    for option in ("export_name", "run_command", "fork"):
+        if getattr(namespace, option):
+            name = option.replace("_command", "").replace("_", "-")
+            raise UsageError(f"--{name} needs a SOURCE")
+
+
 def _listeners(
-    host: str | None, port: int | None, socket_path: str | None
+    host: str | None, port: int | None, socket_path: str | None, by_default: bool
 ) -> tuple[TcpAddress | UnixAddress, ...]:
+    """Where to listen; with nothing said, on the loopback or, without `by_default`, nowhere."""
     listeners: list[TcpAddress | UnixAddress] = []
     if socket_path is not None:
         listeners.append(UnixAddress(str(_socket_path("-k/--socket", socket_path))))
-    if not listeners or host is not None or port is not None:
+    if (by_default and not listeners) or host is not None or port is not None:
         if port is not None and port > 65535:
             raise UsageError(f"-p/--port {port} is not a TCP port")
         listeners.append(TcpAddress(host or DEFAULT_HOST, DEFAULT_PORT if port is None else port))

@@ -51,14 +51,17 @@ class Pace:
 
     async def pause_point(self) -> None:
         """Return when no pause is asked for."""
-        while self.pause_asked:
-            self._workers_paused += 1
-            self.settle()
-            try:
+        if not self.pause_asked:
+            return
+        self._workers_paused += 1
+        self.settle()
+        try:
+            # One rest, however often something else (a new speed) wakes whoever waits.
+            while self.pause_asked:
                 await self._kick.wait()
-            finally:
-                self._workers_paused -= 1
-                self.settle()
+        finally:
+            self._workers_paused -= 1
+            self.settle()
 
     async def throttle(self, length: int) -> None:
         """Return when `length` bytes may be copied, and account for them. Also a `pause_point`."""

@@ -88,7 +88,7 @@ class JobRegistry:
         return lambda: self._listeners.remove(listener)
 
     async def cancel_all(self) -> None:
-        """Accept no more jobs, cancel what can be cancelled, and return when every job is over."""
+        """Accept no more jobs, cancel what can be cancelled, and return when every job is over and gone."""
         self._is_closing = True
         jobs = list(self._jobs.values())
         for job in jobs:
@@ -97,6 +97,8 @@ class JobRegistry:
         for job in jobs:
             if job.status is not JobStatus.NULL:
                 await job.wait_concluded()
+            if job.status is JobStatus.CONCLUDED:
+                job.dismiss()
 
     def _publish(self, event: Event) -> None:
         for listener in list(self._listeners):

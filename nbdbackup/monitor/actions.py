@@ -18,9 +18,13 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """An action whose arguments are still JSON. `check(arguments, path)` raises QmpError for wrong ones."""
+    """An action whose arguments are still JSON. `check(arguments, path)` raises QmpError for wrong ones.
+
+    `starts_job`: it can be part of a group that completes together.
+    """
 
     name: str
+    starts_job: bool
     check: Callable[[Json, str], None]
     make: Callable[[Services, Mapping[str, Json]], Step]
 
@@ -29,7 +33,7 @@ _ACTIONS: dict[str, Action] = {}
 
 
 def action(
-    name: str, arguments_type: type[A], *, is_command: bool = True
+    name: str, arguments_type: type[A], *, is_command: bool = True, starts_job: bool = False
 ) -> Callable[[Callable[[Services, A], Step]], Callable[[Services, A], Step]]:
     """Make the decorated function the action `name`, and the command too if `is_command`."""
 
@@ -37,6 +41,7 @@ def action(
         assert name not in _ACTIONS
         _ACTIONS[name] = Action(
             name,
+            starts_job,
             lambda data, path: check_value(arguments_type, data, path),
             lambda services, data: make(services, convert_arguments(data, arguments_type)),
         )

@@ -70,7 +70,7 @@ class CheckpointArguments(Arguments, frozen=True, kw_only=True):
     id: str
 
 
-@action("blockdev-backup", BlockdevBackupArguments)
+@action("blockdev-backup", BlockdevBackupArguments, starts_job=True)
 def blockdev_backup(services: Services, arguments: BlockdevBackupArguments) -> Step:
     perf = arguments.x_perf or BackupPerf()
     return services.backups.action(

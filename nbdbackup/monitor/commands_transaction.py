@@ -40,9 +40,15 @@ async def transaction(services: Services, arguments: TransactionArguments) -> Js
         _checked(cast("Mapping[str, Json]", item), f"actions[{index}]")
         for index, item in enumerate(arguments.actions)
     ]
-    steps = [found.make(services, data) for found, data in chosen]
     properties = arguments.properties or TransactionProperties()
-    await services.transactions.run(steps, grouped=properties.completion_mode is CompletionMode.GROUPED)
+    grouped = properties.completion_mode is CompletionMode.GROUPED
+    for found, _ in chosen:
+        if grouped and not found.starts_job:
+            raise QmpError(
+                f"Action '{found.name}' does not support transaction property completion-mode = grouped"
+            )
+    steps = [found.make(services, data) for found, data in chosen]
+    await services.transactions.run(steps, grouped=grouped)
     return {}
 
 

@@ -102,6 +102,12 @@ def test_unix_socket_replaces_tcp_unless_an_address_or_port_is_given(
     assert list(options_of("/d/vm.img", *arguments).listeners) == listeners
 
 
+def test_without_a_source_there_is_no_listener_but_what_is_asked_for() -> None:
+    assert options_of("--control", "/c").listeners == ()
+    assert options_of("--control", "/c", "-k", "/s").listeners == (UnixAddress("/s"),)
+    assert options_of("--control", "/c", "-p", "0").listeners == (TcpAddress("127.0.0.1", 0),)
+
+
 def test_format_raw_is_passed_on_and_not_guessed() -> None:
     assert options_of("-f", "raw", "/d/vm.img").sources[0].format == "raw"
     assert options_of("/d/vm.img").sources[0].format is None
@@ -173,7 +179,11 @@ def test_state_directory_is_found_by_option_then_environment_then_user(
         (["--tls-only", "x", "/x"], "--tls-only needs --tls on"),
         (["--tls", "on", "--tls-creds", "d", "--tls-only", "y", "/x"], "no source is called that"),
         (["--cache", "none", "/x"], "unrecognized arguments: --cache"),
-        ([], "SOURCE"),
+        ([], "no SOURCE: name a disk to serve, or give --control"),
+        (["-k", "/s"], "no SOURCE: name a disk to serve, or give --control"),
+        (["--control", "/c", "--fork"], "--fork needs a SOURCE"),
+        (["--control", "/c", "--run", "true"], "--run needs a SOURCE"),
+        (["--control", "/c", "-x", "n"], "--export-name needs a SOURCE"),
     ],
 )
 def test_contradictory_or_unknown_arguments_are_a_usage_error(
