@@ -4,6 +4,8 @@ Offsets and lengths are bytes. `set` and `clear` take cluster-aligned ranges (th
 cluster of the device may be short); queries round out to clusters.
 """
 
+from collections.abc import Iterator
+
 from bitarray import bitarray
 
 from nbdbackup.bitmap.bits import clear_plane, set_plane
@@ -85,14 +87,24 @@ class ClusterBitmap:
             total -= overhang
         return total
 
-    def load(self, bits: bitarray, count: int) -> None:
-        """Be as `bits`, of which `count` are set: one for each cluster, and perhaps clear ones behind."""
-        self._bits[:] = bits[: len(self._bits)]
-        self._count = count
+    def load(self, bits: bitarray) -> None:
+        """Be as `bits`: one for each cluster, perhaps with clear ones more, or fewer, at the end."""
+        count = min(len(bits), len(self._bits))
+        self._bits[:count] = bits[:count]
+        self._bits[count:] = 0
+        self._count = self._bits.count(1)
 
-    def add_to(self, bits: bitarray) -> None:
-        """Set in `bits`, which has one for each cluster or more, what is set here."""
-        bits[: len(self._bits)] |= self._bits
+    @property
+    def bits(self) -> bitarray:
+        """One for each cluster, and clear ones up to a whole byte; not to be changed."""
+        return self._bits
+
+    def runs(self) -> Iterator[Extent]:
+        """Every run of set clusters, in order."""
+        area = Extent(0, self.size)
+        while area.length and (run := self.next_set(area)) is not None:
+            yield run
+            area = Extent(run.end, self.size - run.end)
 
     def _next_run(self, value: int, area: Extent, length_max: int | None) -> Extent | None:
         cluster = self.cluster_bytes

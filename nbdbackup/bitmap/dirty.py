@@ -18,10 +18,11 @@ Source: QEMU's block/dirty-bitmap.c; the terms are the same.
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from bitarray import bitarray
 
-from nbdbackup.bitmap.bits import clear_plane
+from nbdbackup.bitmap.bits import clear_plane, rescale
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.extents import ContextExtent, Extent
 
@@ -36,6 +37,9 @@ FREEZE_GRANULES = 1 << 22
 """As many are copied at once when a bitmap is frozen."""
 FREEZE_CHANGES_MAX = 1 << 14
 """Changes noted while a bitmap is being frozen; after more than these it is copied again, at the instant."""
+
+RUNS_MAX = 1 << 14
+"""As many runs are dealt with one by one, in about 20 ms; if there are more, the whole map is."""
 
 _PAGE_GRANULES = mmap.PAGESIZE * 8
 WANTED_RUNS = 256
@@ -250,22 +254,15 @@ class DirtyBitmap:
             if not source.count:
                 continue
             if source.granularity == self.granularity:
-                self._planes.own |= source._planes.own
-            else:
-                for run in source.dirty_runs():
-                    self._set(run)
+                self._set_all(source._planes.own)
+            elif not self._set_few(source.dirty_runs()):
+                self._set_all(rescale(source._planes.own, source.granularity, self.granularity))
         self._recount()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
         """What is set in `clusters`, of the same size, is dirty here too."""
-        if clusters.cluster_bytes == self.granularity:
-            clusters.add_to(self._planes.own)
-            self._recount()
-            return
-        area = Extent(0, self.size)
-        while area.length and (run := clusters.next_set(area)) is not None:
-            self._set(run)
-            area = Extent(run.end, self.size - run.end)
+        if not self._set_few(clusters.runs()):
+            self._set_all(rescale(clusters.bits, clusters.cluster_bytes, self.granularity))
         self._recount()
 
     def save(self) -> SavedBits:
@@ -281,8 +278,24 @@ class DirtyBitmap:
         self._count = saved.count
         self._changed()
 
-    def _set(self, run: Extent) -> None:
-        self._planes.own[run.offset >> self._shift : ((run.end - 1) >> self._shift) + 1] = 1
+    def forget(self, saved: SavedBits) -> None:
+        """The change that `saved` is from is final: `restore` will not be called."""
+
+    def _set_few(self, runs: Iterator[Extent]) -> bool:
+        """Set the bits of `runs`; False if there are so many that it goes quicker by the whole map."""
+        own, shift = self._planes.own, self._shift
+        for run in islice(runs, RUNS_MAX):
+            own[run.offset >> shift : ((run.end - 1) >> shift) + 1] = 1
+        return next(runs, None) is None
+
+    def _set_all(self, bits: bitarray) -> None:
+        """Set what is set in `bits`, which may be a few clear ones longer or shorter than the plane."""
+        own = self._planes.own
+        count = min(len(own), len(bits))
+        if count == len(own) == len(bits):
+            own |= bits
+        else:
+            own[:count] |= bits[:count]
 
     # What others want to know.
 
@@ -298,11 +311,13 @@ class DirtyBitmap:
     def clusters(self, cluster_bytes: int) -> ClusterBitmap:
         """The clusters in which something is dirty; those in the successor are left out."""
         clusters = ClusterBitmap(self.size, cluster_bytes)
-        if cluster_bytes == self.granularity:
-            clusters.load(self._planes.own, self._count)
-            return clusters
-        for run in self.dirty_runs():
-            clusters.set(run.aligned_out(cluster_bytes, self.size))
+        if cluster_bytes != self.granularity:
+            runs = self.dirty_runs()
+            for run in islice(runs, RUNS_MAX):
+                clusters.set(run.aligned_out(cluster_bytes, self.size))
+            if next(runs, None) is None:
+                return clusters
+        clusters.load(rescale(self._planes.own, self.granularity, cluster_bytes))
         return clusters
 
     def frozen_copy(self) -> "DirtyBitmap":

@@ -106,3 +106,32 @@ def queue_attribute(status: os.stat_result, name: str) -> int:
         except (OSError, ValueError):
             continue
     return 0
+
+
+def block_device_id(device: int) -> str:
+    """What the kernel knows the block device of that number by, over restarts of the machine; "" if nothing.
+
+    Where a disk has no id of its own, that is the place where it is attached.
+    """
+    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    partition = _first_line(place / "partition")
+    if partition:
+        whole = _first_line(place.resolve().parent / "dev")
+        major, _, minor = whole.partition(":")
+        disk = block_device_id(os.makedev(int(major), int(minor))) if minor else ""
+        return f"{disk} partition {partition}" if disk else ""
+    for name in _DEVICE_IDS:
+        if text := _first_line(place / name):
+            return f"{name} {text}"
+    path = str(place.resolve())
+    return "" if path.startswith("/sys/devices/virtual/") or not place.exists() else path
+
+
+_DEVICE_IDS = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "device/cid", "serial", "loop/backing_file")
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").partition("\n")[0].strip()
+    except OSError:
+        return ""

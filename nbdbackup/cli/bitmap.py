@@ -66,7 +66,8 @@ def add_parser(verbs: Verbs) -> None:
     add.add_argument(
         "--temporary",
         action="store_true",
-        help="the bitmap ends with the server; in this version, every one does",
+        help="the bitmap ends with the server (default: it is kept in the state directory, and outlives "
+        "restarts and crashes; see serve --bitmap-durability)",
     )
     add.add_argument("--disabled", action="store_true", help="do not record before 'enable'")
     add_control(add)
@@ -102,6 +103,7 @@ def run_add(namespace: argparse.Namespace) -> int:
         "node": namespace.node,
         "name": namespace.name,
         "disabled": namespace.disabled,
+        "persistent": not namespace.temporary,
     }
     if namespace.granularity is not None:
         arguments["granularity"] = namespace.granularity
@@ -192,7 +194,7 @@ def _state(bitmap: BitmapInfo) -> str:
         for word, holds in (
             ("busy", bitmap.busy),
             ("persistent", bitmap.persistent),
-            ("inconsistent", bitmap.inconsistent),
+            (f"inconsistent ({bitmap.reason})" if bitmap.reason else "inconsistent", bitmap.inconsistent),
         )
         if holds
     ]

@@ -62,6 +62,7 @@ class BitmapInfo(msgspec.Struct, frozen=True, rename="kebab"):
     busy: bool = False
     persistent: bool = False
     inconsistent: bool = False
+    reason: str = msgspec.field(default="", name="x-nbdbackup-inconsistent-because")
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True, rename="kebab"):

@@ -111,8 +111,17 @@ def add_parser(verbs: Verbs) -> None:
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="scratch files of snapshots live here; one server for each (default: "
+        help="persistent bitmaps and scratch files of snapshots live here; one server for each (default: "
         "$XDG_STATE_HOME/nbdbackup, ~/.local/state/nbdbackup, for root /var/lib/nbdbackup)",
+    )
+    parser.add_argument(
+        "--bitmap-durability",
+        choices=("process", "power"),
+        default="process",
+        help="what persistent bitmaps outlive when the server does not stop cleanly. process (default): "
+        "its being killed; when the machine goes down they become inconsistent, and the next backup is a "
+        "full one. power: that as well; the first write to each granule after a backup waits for a sync of "
+        "the state directory, and fails if that does",
     )
     parser.add_argument(
         "--control",
@@ -289,6 +298,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         discard=namespace.discard,
         tls=tls,
         tls_only=_tls_only(namespace.tls_only, sources, tls),
+        bitmap_durability=namespace.bitmap_durability,
         reconnect_delay_s=namespace.reconnect_delay,
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,

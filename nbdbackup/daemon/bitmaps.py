@@ -5,9 +5,8 @@ been made by the step before; a bitmap that is to be removed stays, busy, until 
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
-from nbdbackup.bitmap.dirty import DirtyBitmap, Planes, SavedBits
+from nbdbackup.bitmap.dirty import DirtyBitmap, SavedBits
 from nbdbackup.bitmap.node_bitmaps import (
     check_changeable,
     check_granularity,
@@ -16,8 +15,10 @@ from nbdbackup.bitmap.node_bitmaps import (
     check_usable,
     default_granularity,
 )
-from nbdbackup.block.node import Node
+from nbdbackup.bitmap.stored import StoredBitmap
+from nbdbackup.block.node import Node, drained
 from nbdbackup.daemon.graph import Entry, Graph
+from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
 from nbdbackup.daemon.transaction import Action
 from nbdbackup.errors import NotFoundError, UsageError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
@@ -35,27 +36,10 @@ from nbdbackup.server.exports import Export, ExportTable
 REMOVER = "its removal"
 
 
-class BitmapStore(Protocol):
-    """Keeps persistent bitmaps where they outlive the server."""
-
-    async def create(self, node: Node, name: str, granularity: int, *, enabled: bool) -> Planes:
-        """Room for a new bitmap's bits, all clear.
-
-        Raises:
-            NbdBackupError, OSError: it cannot be kept there.
-        """
-
-    async def forget(self, node: Node, name: str) -> None:
-        """The bitmap was removed, or its addition undone: give its room back. Must not fail."""
-
-    def note_enabled(self, node: Node, bitmap: DirtyBitmap) -> None:
-        """Whether it records has changed."""
-
-
 class Bitmaps:
     """Implements the monitor's `BitmapService`; `store` keeps persistent bitmaps (None: nobody does)."""
 
-    def __init__(self, graph: Graph, exports: ExportTable, store: BitmapStore | None = None) -> None:
+    def __init__(self, graph: Graph, exports: ExportTable, store: StoredBitmaps | None = None) -> None:
         self.graph = graph
         self.exports = exports
         self.store = store
@@ -101,6 +85,33 @@ class Bitmaps:
         """Show `bitmap` to the clients of the node's exports, as far as these show all of them."""
         for export in self._exports_of(entry):
             export.contexts.add(context_name(bitmap.name), BitmapContext(bitmap))
+
+    async def keep_alive(self) -> None:
+        """What stored bitmaps need to be done all the time; until cancelled."""
+        if self.store is not None:
+            await self.store.keep_alive()
+
+    async def load(self, entry: Entry) -> None:
+        """Add what is stored of the node's bitmaps, before anybody uses it.
+
+        Raises:
+            NbdBackupError: a file cannot be used.
+        """
+        if self.store is None:
+            return
+        stored = await self.store.load(entry.node)
+        async with drained(entry.node):
+            for bitmap in stored:
+                self.insert(entry, bitmap)
+        for bitmap in stored:
+            if not bitmap.inconsistent:
+                self.offer(entry, bitmap)
+
+    async def release(self, entry: Entry) -> None:
+        """The node goes: save its stored bitmaps. Nothing may be in flight on it any more."""
+        for bitmap in entry.bitmaps:
+            if isinstance(bitmap, StoredBitmap) and self.store is not None:
+                await self.store.release(entry.node, bitmap)
 
     def withdraw(self, entry: Entry, bitmap: DirtyBitmap) -> None:
         """Undo `offer`."""
@@ -167,6 +178,7 @@ class AddBitmap(BitmapAction):
         super().__init__(bitmaps, request.node, request.name)
         self._request = request
         self._made: DirtyBitmap | None = None
+        self._is_added = False
 
     async def ready(self) -> None:
         request = self._request
@@ -175,19 +187,12 @@ class AddBitmap(BitmapAction):
         entry = self._entry = self._bitmaps.graph.entry(request.node)
         granularity = default_granularity() if request.granularity is None else request.granularity
         check_granularity(granularity)
-        planes = None
         if request.persistent:
-            planes = await self._make_room(entry, granularity)
-        self._made = DirtyBitmap(
-            request.name,
-            entry.node.size,
-            granularity,
-            enabled=request.enabled,
-            persistent=request.persistent,
-            planes=planes,
-        )
+            self._made = await self._make_stored(entry, granularity)
+        else:
+            self._made = DirtyBitmap(request.name, entry.node.size, granularity, enabled=request.enabled)
 
-    async def _make_room(self, entry: Entry, granularity: int) -> Planes:
+    async def _make_stored(self, entry: Entry, granularity: int) -> StoredBitmap:
         store, request = self._bitmaps.store, self._request
         if store is None:
             raise UsageError(f"Can't store persistent bitmaps to {request.node}: Operation not supported")
@@ -198,19 +203,25 @@ class AddBitmap(BitmapAction):
     def prepare(self) -> None:
         assert self._made is not None
         self.entry.bitmaps.check_new(self.name)
+        if isinstance(self._made, StoredBitmap) and self._bitmaps.store is not None:
+            self._bitmaps.store.publish(self._made)
         self._bitmap = self._made
         self._bitmaps.insert(self.entry, self._made)
 
     def commit(self) -> None:
         self._bitmaps.offer(self.entry, self.bitmap)
-        self._made = None
+        self._is_added = True
 
     def abort(self) -> None:
         self._bitmaps.take_out(self.entry, self.bitmap)
 
     async def clean(self) -> None:
-        if self._made is not None and self._made.persistent and self._bitmaps.store is not None:
-            await self._bitmaps.store.forget(self.entry.node, self.name)
+        if not isinstance(self._made, StoredBitmap) or self._bitmaps.store is None:
+            return
+        if self._is_added:
+            await self._bitmaps.store.sync()
+        else:
+            await self._bitmaps.store.remove(self._made)
 
 
 class RemoveBitmap(BitmapAction):
@@ -229,11 +240,14 @@ class RemoveBitmap(BitmapAction):
         self._bitmaps.take_out(self.entry, self.bitmap)
         if not self.bitmap.inconsistent:
             self._bitmaps.withdraw(self.entry, self.bitmap)
+        if isinstance(self.bitmap, StoredBitmap):
+            # Should its file stay, because of a crash or an error: it does not record any more.
+            self.bitmap.invalidate("it was being removed")
         self._is_removed = True
 
     async def clean(self) -> None:
-        if self._is_removed and self.bitmap.persistent and self._bitmaps.store is not None:
-            await self._bitmaps.store.forget(self.entry.node, self.name)
+        if self._is_removed and isinstance(self.bitmap, StoredBitmap) and self._bitmaps.store is not None:
+            await self._bitmaps.store.remove(self.bitmap)
 
 
 class ClearBitmap(BitmapAction):
@@ -244,6 +258,9 @@ class ClearBitmap(BitmapAction):
     def take(self) -> None:
         check_changeable(self.bitmap)
         self._saved = self.bitmap.clear()
+
+    def commit(self) -> None:
+        self.bitmap.forget(self._saved)
 
     def abort(self) -> None:
         self.bitmap.restore(self._saved)
@@ -260,16 +277,10 @@ class EnableBitmap(BitmapAction):
     def take(self) -> None:
         check_changeable(self.bitmap)
         self._was_enabled = self.bitmap.enabled
-        self.set_enabled(self._enabled)
+        self.bitmap.enabled = self._enabled
 
     def abort(self) -> None:
-        self.set_enabled(self._was_enabled)
-
-    def set_enabled(self, enabled: bool) -> None:
-        """Let the bitmap record or not, here and in the store."""
-        self.bitmap.enabled = enabled
-        if self.bitmap.persistent and self._bitmaps.store is not None:
-            self._bitmaps.store.note_enabled(self.entry.node, self.bitmap)
+        self.bitmap.enabled = self._was_enabled
 
 
 class MergeBitmaps(BitmapAction):

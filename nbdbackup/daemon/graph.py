@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import NodeBitmaps
@@ -39,11 +40,27 @@ class Entry:
         self.bitmaps = NodeBitmaps(self.node.name, self.node.size)
 
 
+class NodeWatcher(Protocol):
+    """Whoever keeps something of nodes that outlives them."""
+
+    async def load(self, entry: Entry) -> None:
+        """The node is new, and nobody can use it yet.
+
+        Raises:
+            NbdBackupError, OSError: it cannot be had.
+        """
+
+    async def release(self, entry: Entry) -> None:
+        """The node goes, and nothing uses it any more. Must not fail."""
+
+
 class Graph:
     """The nodes; implements the monitor's `GraphService`."""
 
     def __init__(self, exports: ExportTable) -> None:
         self._exports = exports
+        self.watcher: NodeWatcher | None = None
+        """Is told of nodes that come and go by command."""
         self._entries: dict[str, Entry] = {}
 
     def __iter__(self) -> Iterator[Node]:
@@ -98,12 +115,23 @@ class Graph:
             self.insert(node.name, child.node, "raw", child.filename, node.read_only)
             self._entries[node.name].child = node.child
             child.users.append(f"node '{node.name}'")
+            await self._load(node.name)
             return
         device = await open_device(node.filename, "raw", read_only=node.read_only, discard=node.unmap)
         try:
             self.insert(node.name, device, node.driver, node.filename, node.read_only)
         except BaseException:
             await device.close()
+            raise
+        await self._load(node.name)
+
+    async def _load(self, name: str) -> None:
+        if self.watcher is None:
+            return
+        try:
+            await self.watcher.load(self._entries[name])
+        except BaseException:
+            await self.delete(name)
             raise
 
     async def delete(self, name: str) -> None:
@@ -116,6 +144,8 @@ class Graph:
         if users or any(not isinstance(device, DirtyTracker) for device in entry.node.filters):
             raise ConflictError(f"Node {name} is in use{': by ' + ', '.join(users) if users else ''}")
         del self._entries[name]
+        if self.watcher is not None:
+            await self.watcher.release(entry)
         if entry.child is not None:
             self.entry(entry.child).users.remove(f"node '{name}'")
         else:

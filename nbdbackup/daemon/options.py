@@ -83,6 +83,8 @@ class ServeOptions:
     tls: TlsOptions | None = None
     tls_only: frozenset[str] = frozenset()
     """Sources that clients without TLS cannot use."""
+    bitmap_durability: str = "process"
+    """What persistent bitmaps outlive: "process", its end; "power", the machine's as well."""
     reconnect_delay_s: float = RECONNECT_DELAY_S
     """How long requests to a remote source or target wait for its server to come back; 0: not at all."""
     pid_file: Path | None = None

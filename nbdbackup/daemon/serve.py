@@ -20,6 +20,7 @@ from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
+from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
 from nbdbackup.daemon.transaction import Transactions
@@ -107,7 +108,7 @@ async def _run(
 ) -> int:
     stop = Stop(ending.begin)
     ending.server = server
-    bitmaps = Bitmaps(graph, server.exports)
+    bitmaps = await _open_bitmaps(options, stack, state, graph, server.exports)
     snapshots = Snapshots(graph, server, state.scratch)
     stack.push_async_callback(snapshots.close)
     async with asyncio.TaskGroup() as tasks:
@@ -131,6 +132,7 @@ async def _run(
         async with monitor(options.control, services) as control:
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
+                living = tasks.create_task(bitmaps.keep_alive())
                 status = await _serve_until(options, server, stop)
                 ending.begin()
                 notify("STOPPING=1")
@@ -139,7 +141,28 @@ async def _run(
                 server.stop()
                 await jobs.cancel_all()
                 await serving
+                living.cancel()
     return status
+
+
+async def _open_bitmaps(
+    options: ServeOptions, stack: AsyncExitStack, state: StateDirectory, graph: Graph, exports: ExportTable
+) -> Bitmaps:
+    """The bitmaps of all nodes, those that are stored included; saved when `stack` ends, before the nodes."""
+    stored = StoredBitmaps(state.bitmaps, power=options.bitmap_durability == "power")
+    stack.callback(stored.close)
+    await stored.open()
+    bitmaps = Bitmaps(graph, exports, stored)
+    graph.watcher = bitmaps
+
+    async def release() -> None:
+        for node in graph:
+            await bitmaps.release(graph.entry(node.name))
+
+    stack.push_async_callback(release)
+    for node in graph:
+        await bitmaps.load(graph.entry(node.name))
+    return bitmaps
 
 
 async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:

@@ -9,11 +9,13 @@ from nbdbackup.errors import ConflictError, DeviceError
 
 
 class StateDirectory:
-    """`path`, locked from `open` to `close`; `scratch` is for the snapshots' saved clusters."""
+    """`path`, locked from `open` to `close`; `scratch` is for the snapshots' saved clusters, `bitmaps` for
+    persistent bitmaps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.scratch = path / "scratch"
+        self.bitmaps = path / "bitmaps"
         self._lock_fd = -1
 
     def open(self) -> None:

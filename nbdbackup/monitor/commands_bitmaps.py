@@ -96,4 +96,5 @@ def bitmap_info(info: BitmapInfo) -> dict[str, Json]:
         members["name"] = info.name
     if info.inconsistent:
         members["inconsistent"] = True
+        members["x-nbdbackup-inconsistent-because"] = info.inconsistent
     return members

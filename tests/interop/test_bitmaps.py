@@ -190,10 +190,10 @@ def test_backups_by_checkpoints_equal_their_points_in_time(server: Server, tmp_p
 def test_the_commands_say_what_they_did(server: Server) -> None:
     server.cli("bitmap", "add", "disk", "b0")
     qemu_io(server, "write 0 1")
-    server.cli("bitmap", "add", "disk", "b1", "-g", "4K", "--disabled")
+    server.cli("bitmap", "add", "disk", "b1", "-g", "4K", "--disabled", "--temporary")
     assert server.cli("bitmap", "list").stdout.splitlines() == [
         "NODE  BITMAP  DIRTY  GRANULARITY  STATE",
-        "disk  b0      64K    64K          recording",
+        "disk  b0      64K    64K          recording, persistent",
         "disk  b1      0      4K           disabled",
     ]
     server.cli("bitmap", "merge", "disk", "b1", "b0", "disk:b0")

@@ -1,0 +1,216 @@
+"""A bitmap's file, byte for byte.
+
+    0      header, slot 0
+    4096   header, slot 1
+    8192   plane 0     one bit for each granule, the first one the highest bit of byte 0
+    ...    plane 1     as long; both begin on a multiple of 4096
+
+One of the planes is the bitmap's own (flag SECOND_PLANE: plane 1). With the flag BOTH, what is set in the
+other one is dirty as well: it belongs to a successor. Without it, what the other plane holds means nothing.
+
+The header is there twice, and every change is written to one slot and then to the other. So a crash in the
+middle leaves one whole, and once both were written, damage to either is no loss. The valid one of the higher
+generation counts. The checksum is over the slot without the checksum itself.
+
+A header of another version is not looked into: only the magic and the version keep their places.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntFlag
+
+from construct import Bytes, ConstructError, Int32ub, Int64sb, Int64ub, Padded, PascalString, Struct
+
+from nbdbackup.bitmap.identity import SourceIdentity, SourceKind
+
+MAGIC = b"nbdbkbm\x1a"
+VERSION = 1
+SLOT_BYTES = 4096
+PLANES_OFFSET = 2 * SLOT_BYTES
+TEXT_BYTES_MAX = 1023
+"""As long may the names of node and bitmap be, and the source's id."""
+REASON_BYTES_MAX = 500
+
+_GRANULARITIES = {1 << shift for shift in range(9, 32)}
+_PAGE_BYTES = 4096
+_CHECKSUM_BYTES = 32
+_CHECKSUM_END = len(MAGIC) + 4 + _CHECKSUM_BYTES
+
+_TEXT = PascalString(Int32ub, "utf8")
+_SLOT = Padded(
+    SLOT_BYTES,
+    Struct(
+        "magic" / Bytes(len(MAGIC)),
+        "version" / Int32ub,
+        "checksum" / Bytes(_CHECKSUM_BYTES),
+        "generation" / Int64ub,
+        "flags" / Int32ub,
+        "granularity" / Int32ub,
+        "size" / Int64ub,
+        "uuid" / Bytes(16),
+        "boot_id" / Bytes(16),
+        "alive_ns" / Int64sb,
+        "bits_checksum" / Bytes(_CHECKSUM_BYTES),
+        "kind" / Int32ub,
+        "device" / Int64ub,
+        "inode" / Int64ub,
+        "mtime_ns" / Int64sb,
+        "ctime_ns" / Int64sb,
+        "node" / _TEXT,
+        "name" / _TEXT,
+        "lasting_id" / _TEXT,
+        "inconsistent" / _TEXT,
+    ),
+)
+
+
+class HeaderFlags(IntFlag):
+    """What is so or not."""
+
+    ENABLED = 1
+    IN_USE = 2
+    """A server records in it, or did until it died."""
+    SECOND_PLANE = 4
+    """The bitmap's own bits are those of plane 1."""
+    BOTH = 8
+    """What is set in the other plane is dirty too."""
+    POWER = 16
+    """Every bit was on disk before the write that it stands for was begun."""
+
+
+_ALL_FLAGS = sum(HeaderFlags)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of a bitmap besides its bits."""
+
+    uuid: bytes
+    node: str
+    name: str
+    granularity: int
+    identity: SourceIdentity
+    """Of the source; its times are those of the clean stop, and mean nothing with IN_USE."""
+    flags: HeaderFlags
+    generation: int = 0
+    boot_id: bytes = bytes(16)
+    """The boot on which it was last in use."""
+    alive_ns: int = 0
+    """When the server that uses it was last seen alive, in nanoseconds since 1970."""
+    bits_checksum: bytes = bytes(_CHECKSUM_BYTES)
+    """Of the bitmap's own bits at the clean stop; means nothing with IN_USE."""
+    inconsistent: str = ""
+    """Why the bits are of no use, "" if they are."""
+
+    @property
+    def own_plane(self) -> int:
+        """0 or 1."""
+        return 1 if HeaderFlags.SECOND_PLANE in self.flags else 0
+
+    @property
+    def bits_bytes(self) -> int:
+        """As many bytes of a plane hold bits."""
+        return -(-self.identity.size // (8 * self.granularity))
+
+    @property
+    def file_bytes(self) -> int:
+        """How long the whole file is."""
+        return self.plane_offset(2)
+
+    def plane_offset(self, plane: int) -> int:
+        """Where in the file plane 0 or 1 begins."""
+        return PLANES_OFFSET + plane * -(-self.bits_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+
+class HeaderError(Exception):
+    """A slot that is no header of this version; the text says why."""
+
+
+def checksum(*parts: bytes | memoryview) -> bytes:
+    """The checksum of `parts`, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def build(header: Header) -> bytes:
+    """The bytes of a slot."""
+    identity = header.identity
+    fields = {
+        "magic": MAGIC,
+        "version": VERSION,
+        "checksum": bytes(_CHECKSUM_BYTES),
+        "generation": header.generation,
+        "flags": int(header.flags),
+        "granularity": header.granularity,
+        "size": identity.size,
+        "uuid": header.uuid,
+        "boot_id": header.boot_id,
+        "alive_ns": header.alive_ns,
+        "bits_checksum": header.bits_checksum,
+        "kind": int(identity.kind),
+        "device": identity.device,
+        "inode": identity.inode,
+        "mtime_ns": identity.mtime_ns,
+        "ctime_ns": identity.ctime_ns,
+        "node": header.node,
+        "name": header.name,
+        "lasting_id": identity.lasting_id,
+        "inconsistent": cut(header.inconsistent, REASON_BYTES_MAX),
+    }
+    slot: bytes = _SLOT.build(fields)
+    head, body = slot[: _CHECKSUM_END - _CHECKSUM_BYTES], slot[_CHECKSUM_END:]
+    return head + checksum(head, body) + body
+
+
+def parse(slot: bytes) -> Header:
+    """The header in the bytes of a slot.
+
+    Raises:
+        HeaderError: it is damaged, of another version, or something else.
+    """
+    head, body = slot[: _CHECKSUM_END - _CHECKSUM_BYTES], slot[_CHECKSUM_END:]
+    if head[: len(MAGIC)] != MAGIC:
+        raise HeaderError("it is no bitmap file of nbdbackup, or its header is damaged")
+    version = int.from_bytes(head[len(MAGIC) :], "big")
+    if version != VERSION:
+        raise HeaderError(f"it is of version {version}, and this nbdbackup knows version {VERSION} alone")
+    if slot[_CHECKSUM_END - _CHECKSUM_BYTES : _CHECKSUM_END] != checksum(head, body):
+        raise HeaderError("its header is damaged")
+    try:
+        fields = _SLOT.parse(slot)
+        kind = SourceKind(fields.kind)
+    except (ConstructError, ValueError, ArithmeticError) as error:
+        raise HeaderError(f"its header makes no sense ({error})") from error
+    if not fields.size or fields.granularity not in _GRANULARITIES:
+        raise HeaderError(f"its header makes no sense (size {fields.size}, granularity {fields.granularity})")
+    if fields.flags & ~_ALL_FLAGS:
+        raise HeaderError(f"its header has flags that this nbdbackup does not know ({fields.flags:#x})")
+    identity = SourceIdentity(
+        kind,
+        fields.size,
+        fields.device,
+        fields.inode,
+        fields.mtime_ns,
+        fields.ctime_ns,
+        fields.lasting_id,
+    )
+    return Header(
+        fields.uuid,
+        fields.node,
+        fields.name,
+        fields.granularity,
+        identity,
+        HeaderFlags(fields.flags),
+        fields.generation,
+        fields.boot_id,
+        fields.alive_ns,
+        fields.bits_checksum,
+        fields.inconsistent,
+    )
+
+
+def cut(text: str, bytes_max: int) -> str:
+    """As much of `text` as fits into `bytes_max` bytes of UTF-8."""
+    return text.encode()[:bytes_max].decode(errors="ignore")

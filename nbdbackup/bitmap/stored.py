@@ -1,0 +1,189 @@
+"""StoredBitmap: a dirty bitmap whose bits and state are in a file at every instant.
+
+If the process is killed between any two stores, the file says dirty of everything that is. In order:
+
+    mark              the bit; the client's write
+    create_successor  (the spare plane is clear) BOTH planes count; the first bit in the spare one
+    abdicate          the frozen bits are cleared; the spare plane is the bitmap's own, and counts alone
+    reclaim           the successor's bits to the own plane; the spare one is cleared; the own counts alone
+    clear             a copy to the spare plane; BOTH count; the own plane is cleared;
+      and `forget`    the own one counts alone; the spare one is cleared
+
+What a crash interrupts is found undone: frozen bits and the successor's together, cleared bits set again.
+
+With `durable`, the same holds for a loss of power: each of these steps is on disk before one that relies on
+it (the event loop waits for that, some milliseconds: they are rare), and marks settle before their writes are
+begun (`DurableMarks`).
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.dirty import DirtyBitmap, Planes, SavedBits
+from nbdbackup.bitmap.durable_marks import DurableMarks
+from nbdbackup.bitmap.file import BitmapFile
+from nbdbackup.bitmap.file_format import HeaderFlags
+from nbdbackup.bitmap.identity import SourceIdentity
+
+Sync = Callable[[Callable[[], None]], Awaitable[None]]
+"""Runs a function that blocks, in a thread."""
+
+
+class StoredBitmap(DirtyBitmap):
+    """The bitmap in `file`, whose plane that is not the own one is clear and does not count."""
+
+    __slots__ = ("_cleared", "_marks", "file")
+
+    def __init__(self, file: BitmapFile, run: Sync) -> None:
+        header = file.header
+        assert HeaderFlags.BOTH not in header.flags
+        own = header.own_plane
+        super().__init__(
+            header.name,
+            header.identity.size,
+            header.granularity,
+            enabled=HeaderFlags.ENABLED in header.flags and not header.inconsistent,
+            persistent=True,
+            planes=Planes(file.plane(own), file.plane(1 - own)),
+        )
+        self.inconsistent = header.inconsistent
+        self.file = file
+        self._marks: DurableMarks | None = None
+        if HeaderFlags.POWER in header.flags:
+            self._marks = DurableMarks(lambda: run(file.sync))
+        self._cleared: SavedBits | None = None
+        """What `clear` took away and is in the spare plane still."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether it outlives a loss of power: writes have to wait until `settle` returns."""
+        return self._marks is not None
+
+    # Marks that have to be on disk.
+
+    def is_settled(self, offset: int, length: int) -> bool:
+        """Whether a write to the non-empty range may pass at once: it needs no new bit on disk."""
+        bits = self._recording
+        if self._marks is None or bits is None:
+            return True
+        first = offset >> self._shift
+        stop = ((offset + length - 1) >> self._shift) + 1
+        if not bits[first] or (stop - first > 1 and bits.find(0, first, stop) >= 0):
+            return False
+        return not self._marks.has_pending(first, stop)
+
+    def settle(self, offset: int, length: int) -> Awaitable[None]:
+        """The range was marked, and `is_settled` said False before that: await its bits' being on disk.
+
+        To be called with no await since `is_settled`; other writes to the range wait from now on.
+
+        Raises, when awaited:
+            DeviceError: they cannot be put there; the write must not pass.
+        """
+        assert self._marks is not None
+        first = offset >> self._shift
+        return self._marks.settle(first, ((offset + length - 1) >> self._shift) + 1)
+
+    # Changes of its state; the order of the steps is in the module's docstring.
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._choose_plane()
+        flags = self.file.header.flags & ~HeaderFlags.ENABLED
+        self._write(flags | HeaderFlags.ENABLED if enabled else flags)
+
+    def create_successor(self) -> None:
+        if self._cleared is not None:
+            # In the transaction that cleared it: the spare plane is needed before all of it is final.
+            self.forget(self._cleared)
+        self._write(self.file.header.flags | HeaderFlags.BOTH)
+        super().create_successor()
+
+    def abdicate(self) -> None:
+        super().abdicate()
+        self._write((self.file.header.flags & ~HeaderFlags.BOTH) ^ HeaderFlags.SECOND_PLANE)
+
+    def reclaim(self) -> None:
+        if self.durable:
+            self._planes.own |= self._planes.spare
+            self.file.sync()
+        super().reclaim()
+        self._write(self.file.header.flags & ~HeaderFlags.BOTH)
+
+    def clear(self) -> SavedBits:
+        if self._cleared is not None or not self.count:
+            return super().clear()
+        self._planes.spare |= self._planes.own
+        self._write(self.file.header.flags | HeaderFlags.BOTH)
+        self._cleared = super().clear()
+        return self._cleared
+
+    def restore(self, saved: SavedBits) -> None:
+        super().restore(saved)
+        if self.durable:
+            self.file.sync()
+        if saved is self._cleared:
+            self.forget(saved)
+
+    def forget(self, saved: SavedBits) -> None:
+        if saved is self._cleared:
+            self._cleared = None
+            self._write(self.file.header.flags & ~HeaderFlags.BOTH)
+            self._planes.spare.setall(0)
+
+    def merge(self, sources: Sequence[DirtyBitmap]) -> None:
+        super().merge(sources)
+        if self.durable:
+            self.file.sync()
+
+    def merge_clusters(self, clusters: ClusterBitmap) -> None:
+        super().merge_clusters(clusters)
+        if self.durable:
+            self.file.sync()
+
+    def invalidate(self, reason: str) -> None:
+        """Its bits are of no use from now on, and say so also when they are loaded again. Never fails."""
+        self.inconsistent = reason
+        self._enabled = False
+        self._choose_plane()
+        self.file.write_header(replace(self.file.header, inconsistent=reason), sync=False)
+
+    def _write(self, flags: HeaderFlags) -> None:
+        self.file.write_header(replace(self.file.header, flags=flags), sync=self.durable)
+
+    # Its end.
+
+    def save_clean(self, identity: SourceIdentity) -> None:
+        """The server stops: put everything on disk as the bits of the source that `identity` is of now.
+
+        Nothing may be marked from now on. Blocks as fsync(2) does.
+
+        Raises:
+            OSError: it cannot be put there; it counts as in use until the next boot.
+        """
+        if self.is_frozen:
+            self.reclaim()
+        if self._cleared is not None:
+            self.forget(self._cleared)
+        self.file.sync()
+        header = replace(
+            self.file.header,
+            identity=identity,
+            flags=self.file.header.flags & ~HeaderFlags.IN_USE,
+            bits_checksum=self.file.bits_checksum(),
+        )
+        self.file.write_header(header, sync=True)
+
+    async def close(self) -> None:
+        """Give up the file; nobody may use the bitmap any more."""
+        if self._marks is not None:
+            await self._marks.close()
+        self._recording = None
+        self._planes = Planes.in_memory(0)
+        self.file.close()
