@@ -463,6 +463,10 @@ class WantedClusters:
         self.bitmap._freezes.append(self)
         size, cluster_bytes = self.bitmap.size, self.clusters.cluster_bytes
         for number, run in enumerate(self.bitmap.dirty_runs()):
+            if number == RUNS_MAX:
+                # Run by run, so many would take minutes.
+                self.clusters = self.bitmap.clusters(cluster_bytes)
+                return
             self.clusters.set(run.aligned_out(cluster_bytes, size))
             if number % WANTED_RUNS == WANTED_RUNS - 1:
                 yield

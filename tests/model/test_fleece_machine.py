@@ -32,9 +32,11 @@ timeouts = st.sampled_from([0, 0, 5, 3600])
 class FleeceMachine(RuleBasedStateMachine):
     """Thin: each rule is a step of the world."""
 
+    world_type: type[BackupWorld] = BackupWorld
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = BackupWorld()
+        self.world = self.world_type()
 
     def teardown(self) -> None:
         self.world.finish()

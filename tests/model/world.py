@@ -488,7 +488,7 @@ class World:
             if filter_.frozen_reads or filter_._late_copies:
                 raise Violation("a filter left something behind")
         for disk in self.disks:
-            if disk.node._in_flight or disk.node._quiesced or disk.node.child is not disk.gate:
+            if disk.node._in_flight or disk.node._quiesced or disk.node.child is not disk.node.root:
                 raise Violation(f"{disk.node} is not as it was")
 
     def _end_everything(self) -> None:

@@ -233,12 +233,14 @@ class Slow(Action):
 
 
 @pytest.mark.parametrize("scratch", ["none", "directory"])
-@pytest.mark.parametrize("change", ["written", "cleared", "much written"])
+@pytest.mark.parametrize("change", ["written", "cleared", "much written", "written in many places"])
 async def test_what_becomes_dirty_before_the_instant_is_copied_too(
     bench: Bench, tmp_path: Path, change: str, scratch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if change == "much written":
         monkeypatch.setattr(dirty, "FREEZE_CHANGES_MAX", 1)
+    elif change == "written in many places":
+        monkeypatch.setattr(dirty, "RUNS_MAX", 1)
     new = TargetPath(str(tmp_path / "new.img"))
     place = str(bench.daemon.scratch) if scratch == "directory" else scratch
     step, slow = bench.daemon.backups.action(replace(to_node("a"), target=new, scratch=place)), Slow()
