@@ -4,6 +4,8 @@ Offsets and lengths are bytes. `set` and `clear` take cluster-aligned ranges (th
 cluster of the device may be short); queries round out to clusters.
 """
 
+from collections.abc import Iterator
+
 from bitarray import bitarray
 
 from nbdbackup.bitmap.bits import clear_plane, set_plane
@@ -22,9 +24,23 @@ class ClusterBitmap:
         self._bits: bitarray = set_plane(clusters) if all_set else clear_plane(clusters)
         self._count = clusters if all_set else 0
 
+    def copy(self) -> "ClusterBitmap":
+        """Another one, with the same bits set now."""
+        other = ClusterBitmap(0, self.cluster_bytes)
+        other.size, other._bits, other._count = self.size, self._bits.copy(), self._count
+        return other
+
     def __len__(self) -> int:
         """How many clusters are set."""
         return self._count
+
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes of the device lie in set clusters."""
+        total = self._count * self.cluster_bytes
+        if self._count and self._bits[(self.size - 1) // self.cluster_bytes]:
+            total -= -self.size % self.cluster_bytes
+        return total
 
     def set(self, area: Extent) -> None:
         """Set every cluster of `area`."""
@@ -71,14 +87,24 @@ class ClusterBitmap:
             total -= overhang
         return total
 
-    def load(self, bits: bitarray, count: int) -> None:
-        """Be as `bits`, of which `count` are set: one for each cluster, and perhaps clear ones behind."""
-        self._bits[:] = bits[: len(self._bits)]
-        self._count = count
+    def load(self, bits: bitarray) -> None:
+        """Be as `bits`: one for each cluster, perhaps with clear ones more, or fewer, at the end."""
+        count = min(len(bits), len(self._bits))
+        self._bits[:count] = bits[:count]
+        self._bits[count:] = 0
+        self._count = self._bits.count(1)
 
-    def add_to(self, bits: bitarray) -> None:
-        """Set in `bits`, which has one for each cluster or more, what is set here."""
-        bits[: len(self._bits)] |= self._bits
+    @property
+    def bits(self) -> bitarray:
+        """One for each cluster, and clear ones up to a whole byte; not to be changed."""
+        return self._bits
+
+    def runs(self) -> Iterator[Extent]:
+        """Every run of set clusters, in order."""
+        area = Extent(0, self.size)
+        while area.length and (run := self.next_set(area)) is not None:
+            yield run
+            area = Extent(run.end, self.size - run.end)
 
     def _next_run(self, value: int, area: Extent, length_max: int | None) -> Extent | None:
         cluster = self.cluster_bytes

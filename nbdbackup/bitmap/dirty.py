@@ -18,10 +18,11 @@ Source: QEMU's block/dirty-bitmap.c; the terms are the same.
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from bitarray import bitarray
 
-from nbdbackup.bitmap.bits import clear_plane
+from nbdbackup.bitmap.bits import clear_plane, rescale
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.extents import ContextExtent, Extent
 
@@ -37,7 +38,13 @@ FREEZE_GRANULES = 1 << 22
 FREEZE_CHANGES_MAX = 1 << 14
 """Changes noted while a bitmap is being frozen; after more than these it is copied again, at the instant."""
 
+RUNS_MAX = 1 << 14
+"""As many runs are dealt with one by one, in about 20 ms; if there are more, the whole map is."""
+
 _PAGE_GRANULES = mmap.PAGESIZE * 8
+WANTED_RUNS = 256
+"""As many runs are looked at at once when clusters are made of a bitmap."""
+
 _DIRTY = 1
 
 
@@ -133,7 +140,7 @@ class DirtyBitmap:
         self._enabled = enabled
         self._recording: bitarray | None = None
         """The plane in which writes set bits."""
-        self._freezes: list[Freeze] = []
+        self._freezes: list[Freeze | WantedClusters] = []
         self._choose_plane()
 
     def __str__(self) -> str:
@@ -247,22 +254,15 @@ class DirtyBitmap:
             if not source.count:
                 continue
             if source.granularity == self.granularity:
-                self._planes.own |= source._planes.own
-            else:
-                for run in source.dirty_runs():
-                    self._set(run)
+                self._set_all(source._planes.own)
+            elif not self._set_few(source.dirty_runs()):
+                self._set_all(rescale(source._planes.own, source.granularity, self.granularity))
         self._recount()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
         """What is set in `clusters`, of the same size, is dirty here too."""
-        if clusters.cluster_bytes == self.granularity:
-            clusters.add_to(self._planes.own)
-            self._recount()
-            return
-        area = Extent(0, self.size)
-        while area.length and (run := clusters.next_set(area)) is not None:
-            self._set(run)
-            area = Extent(run.end, self.size - run.end)
+        if not self._set_few(clusters.runs()):
+            self._set_all(rescale(clusters.bits, clusters.cluster_bytes, self.granularity))
         self._recount()
 
     def save(self) -> SavedBits:
@@ -278,8 +278,21 @@ class DirtyBitmap:
         self._count = saved.count
         self._changed()
 
-    def _set(self, run: Extent) -> None:
-        self._planes.own[run.offset >> self._shift : ((run.end - 1) >> self._shift) + 1] = 1
+    def _set_few(self, runs: Iterator[Extent]) -> bool:
+        """Set the bits of `runs`; False if there are so many that it goes quicker by the whole map."""
+        own, shift = self._planes.own, self._shift
+        for run in islice(runs, RUNS_MAX):
+            own[run.offset >> shift : ((run.end - 1) >> shift) + 1] = 1
+        return next(runs, None) is None
+
+    def _set_all(self, bits: bitarray) -> None:
+        """Set what is set in `bits`, which may be a few clear ones longer or shorter than the plane."""
+        own = self._planes.own
+        count = min(len(own), len(bits))
+        if count == len(own) == len(bits):
+            own |= bits
+        else:
+            own[:count] |= bits[:count]
 
     # What others want to know.
 
@@ -295,11 +308,13 @@ class DirtyBitmap:
     def clusters(self, cluster_bytes: int) -> ClusterBitmap:
         """The clusters in which something is dirty; those in the successor are left out."""
         clusters = ClusterBitmap(self.size, cluster_bytes)
-        if cluster_bytes == self.granularity:
-            clusters.load(self._planes.own, self._count)
-            return clusters
-        for run in self.dirty_runs():
-            clusters.set(run.aligned_out(cluster_bytes, self.size))
+        if cluster_bytes != self.granularity:
+            runs = self.dirty_runs()
+            for run in islice(runs, RUNS_MAX):
+                clusters.set(run.aligned_out(cluster_bytes, self.size))
+            if next(runs, None) is None:
+                return clusters
+        clusters.load(rescale(self._planes.own, self.granularity, cluster_bytes))
         return clusters
 
     def frozen_copy(self) -> "DirtyBitmap":
@@ -417,3 +432,47 @@ class Freeze:
                 page = found // _PAGE_GRANULES * _PAGE_GRANULES
                 position = min(page + _PAGE_GRANULES, stop)
                 self._bits[page:position] |= plane[page:position]
+
+
+class WantedClusters:
+    """What `DirtyBitmap.clusters` tells, for a moment to come: most of the work is done before the instant.
+
+    Used as `Freeze` is. `clusters` is complete after `pieces`, but for `changes`.
+    """
+
+    def __init__(self, bitmap: DirtyBitmap, cluster_bytes: int) -> None:
+        self.bitmap = bitmap
+        self.clusters = ClusterBitmap(bitmap.size, cluster_bytes)
+        self.is_stale = True
+        """Whether `clusters` has to be made again: it was not made, or bits were changed by users."""
+        self._noted: list[tuple[int, int]] = []
+
+    def note(self, first: int, stop: int) -> None:
+        """The granules from `first` to before `stop` were marked."""
+        if len(self._noted) < FREEZE_CHANGES_MAX:
+            self._noted.append((first, stop))
+        else:
+            self.is_stale = True
+
+    def pieces(self) -> Iterator[None]:
+        """Set the bits of `clusters`, with a rest after each piece."""
+        self.is_stale = False
+        self.bitmap._freezes.append(self)
+        size, cluster_bytes = self.bitmap.size, self.clusters.cluster_bytes
+        for number, run in enumerate(self.bitmap.dirty_runs()):
+            self.clusters.set(run.aligned_out(cluster_bytes, size))
+            if number % WANTED_RUNS == WANTED_RUNS - 1:
+                yield
+
+    def changes(self) -> list[Extent] | None:
+        """At the instant: the clusters to be added to `clusters`; None if it has to be made again."""
+        if self.is_stale:
+            return None
+        granularity, size = self.bitmap.granularity, self.bitmap.size
+        noted = (Extent(first * granularity, (stop - first) * granularity) for first, stop in self._noted)
+        return [extent.aligned_out(self.clusters.cluster_bytes, size) for extent in noted]
+
+    def end(self) -> None:
+        """Stop taking notes; it may have happened already."""
+        if self in self.bitmap._freezes:
+            self.bitmap._freezes.remove(self)

@@ -112,6 +112,15 @@ class BlockDevice(ABC):
         del offset
         return [ContextExtent(length, 1)]
 
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        """Whether each part of the range is held by the device's top layer: 1, or is not: 0.
+
+        The extents are as those of `block_status`, but neighbours may be equal. This is what sync=top
+        copies; the default is what `allocation_depth` says.
+        """
+        depths = await self.allocation_depth(offset, length)
+        return [ContextExtent(extent.length, int(extent.status == 1)) for extent in depths]
+
     async def close(self) -> None:  # noqa: B027 - most devices hold nothing
         """Give up what is held. No operation may be in flight, and none may follow."""
 

@@ -38,7 +38,7 @@ from nbdbackup.block.linux import (
 )
 from nbdbackup.block.locks import lock_image
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
-from nbdbackup.extents import Allocation, Extent, StatusExtent, merge_status
+from nbdbackup.extents import Allocation, ContextExtent, Extent, StatusExtent, merge_status
 
 IN_PLACE_BYTES_MAX = 1 << 20
 STATUS_EXTENTS_MAX = 1024
@@ -397,6 +397,11 @@ class FileDevice(BlockDevice):
         if self._is_block_device or not length:
             return merge_status([StatusExtent(length, Allocation.DATA)])
         return await self._executor.run(self._status, Extent(offset, length))
+
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        """A file holds its data extents."""
+        known = await self.block_status(offset, length)
+        return [ContextExtent(extent.length, int(not extent.flags & Allocation.HOLE)) for extent in known]
 
     def _status(self, area: Extent) -> list[StatusExtent]:
         extents: list[StatusExtent] = []

@@ -54,6 +54,9 @@ class FilterDevice(BlockDevice):
     async def allocation_depth(self, offset: int, length: int) -> list[ContextExtent]:
         return await self.child.allocation_depth(offset, length)
 
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        return await self.child.is_allocated(offset, length)
+
     async def close(self) -> None:
         await self.child.close()
 

@@ -25,10 +25,17 @@ from nbdbackup.block.device import BlockDevice, Features, ReadableBuffer, Writab
 from nbdbackup.block.nbd_connection import Operation
 from nbdbackup.block.nbd_session import RemoteOptions, RemoteSession, reason
 from nbdbackup.errors import DeviceError
-from nbdbackup.extents import Allocation, Extent, StatusExtent, merge_status
+from nbdbackup.extents import Allocation, ContextExtent, Extent, StatusExtent, merge_status
 from nbdbackup.nbd import uri as nbd_uri
 from nbdbackup.nbd.client import RemoteExport
-from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, CommandFlags, Errno, TransmissionFlags
+from nbdbackup.nbd.constants import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    Command,
+    CommandFlags,
+    Errno,
+    TransmissionFlags,
+)
 from nbdbackup.nbd.reply_parser import Reply
 from nbdbackup.nbd.uri import NbdUri
 
@@ -281,14 +288,21 @@ class NbdDevice(BlockDevice):
         assert 0 <= offset <= offset + length <= self.size
         if not length:
             return []
-        if BASE_ALLOCATION not in {name for _, name in self.export.contexts}:
+        if not self._knows(BASE_ALLOCATION):
             return [StatusExtent(length, Allocation.DATA)]
-        found = await self.context_status(offset, length)
+        found = await self.context_status(offset, length, BASE_ALLOCATION)
         known = Allocation.HOLE | Allocation.ZERO
         return merge_status(StatusExtent(length, Allocation(flags) & known) for length, flags in found)
 
-    async def context_status(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """(length in bytes, flags) of the extents from `offset` on, in the one context that was asked for.
+    async def allocation_depth(self, offset: int, length: int) -> list[ContextExtent]:
+        assert 0 <= offset <= offset + length <= self.size
+        if not length or not self._knows(ALLOCATION_DEPTH):
+            return await super().allocation_depth(offset, length)
+        found = await self.context_status(offset, length, ALLOCATION_DEPTH)
+        return [ContextExtent(extent_length, depth) for extent_length, depth in found]
+
+    async def context_status(self, offset: int, length: int, context: str) -> list[tuple[int, int]]:
+        """(length in bytes, flags) of the extents from `offset` on, in `context`, which the server has.
 
         Answers for at least one byte, and perhaps for less than `length`.
         """
@@ -298,7 +312,9 @@ class NbdDevice(BlockDevice):
         [reply] = await self._session.perform(operation)
         if reply.error:
             raise self._failed(operation, reply)
-        [extents] = reply.status.values()
+        extents = reply.status.get({name: number for number, name in operation.contexts}.get(context, -1))
+        if extents is None:
+            raise DeviceError(errno.EIO, f"{self._name} told nothing of {context} at offset {offset}")
         found: list[tuple[int, int]] = []
         position = whole.offset
         for extent in extents:
@@ -310,6 +326,9 @@ class NbdDevice(BlockDevice):
         return found
 
     # Below.
+
+    def _knows(self, context: str) -> bool:
+        return context in {name for _, name in self.export.contexts}
 
     def _offers(self, flag: TransmissionFlags) -> bool:
         return bool(self._flags & flag)

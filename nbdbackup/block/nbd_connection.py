@@ -59,6 +59,8 @@ class Operation:
     connection: "Connection | None" = None
     journal_mark: int = 0
     is_cancelled: bool = False
+    contexts: tuple[tuple[int, str], ...] = ()
+    """Which meta context has which number on the connection that the reply came over."""
 
     def end(self, outcome: Outcome) -> None:
         """Tell whoever waits; only the first outcome counts."""
@@ -290,6 +292,7 @@ class Connection(asyncio.BufferedProtocol):
             if operation is None:
                 return  # abandoned by what an earlier reply led to
             operation.connection = None
+            operation.contexts = self.export.contexts
             self._owner.on_reply(operation, reply)
 
     def _look_for_stall(self) -> None:

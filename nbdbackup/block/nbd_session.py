@@ -36,7 +36,7 @@ from nbdbackup.block.nbd_journal import Journal
 from nbdbackup.block.nbd_tls import client_tls
 from nbdbackup.errors import DeviceError, NbdBackupError, NotFoundError, ProtocolError
 from nbdbackup.nbd.client import ClientNegotiation, RemoteExport
-from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, Errno, TransmissionFlags
+from nbdbackup.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, Command, Errno, TransmissionFlags
 from nbdbackup.nbd.replies import shown_text
 from nbdbackup.nbd.reply_parser import Reply
 from nbdbackup.nbd.uri import NbdUri
@@ -68,7 +68,7 @@ class RemoteOptions:
     """How long operations wait for a lost server to come back; 0: they fail at once."""
     connections_max: int = CONNECTIONS_MAX
     """At once, if the server allows more than one."""
-    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    contexts: tuple[str, ...] = (BASE_ALLOCATION, ALLOCATION_DEPTH)
     structured_replies: bool = True
     extended_headers: bool = True
     """Whether to ask for them; a server may have less."""

@@ -124,6 +124,11 @@ class Node(FilterDevice):
         with self._counted():
             return await self.child.allocation_depth(offset, length)
 
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        await self._wait_running()
+        with self._counted():
+            return await self.child.is_allocated(offset, length)
+
     def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
         return not self._quiesced and self.child.read_nowait(offset, buffer)
 

@@ -7,205 +7,40 @@ it; where nobody can be asked, it is cancelled, and so it is on SIGTERM.
 
 import argparse
 import asyncio
-import os
 import signal
 from collections.abc import Awaitable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from qemu.qmp import EventListener
 
-from nbdbackup.block.open import is_remote
-from nbdbackup.cli import interrupts, progress
+from nbdbackup.cli import backup_options, interrupts, progress
+from nbdbackup.cli.backup_options import BackupOptions
 from nbdbackup.cli.control import CommandError, Control, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.interrupts import Interrupts
 from nbdbackup.cli.output import print_json_line, say
-from nbdbackup.cli.parser import (
-    Verbs,
-    absolute_place,
-    add_control,
-    add_on_cbw_error,
-    control_path,
-    count,
-    only,
-    size,
-)
+from nbdbackup.cli.parser import Verbs
 from nbdbackup.cli.progress import Progress
 from nbdbackup.cli.replies import StartedBackup
 from nbdbackup.cli.sizes import format_size
 from nbdbackup.cli.watch import JOB_EVENTS, JobEnd, Outcome, wait_job_end
-from nbdbackup.errors import NbdBackupError, UsageError
+from nbdbackup.errors import NbdBackupError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 START_TIMEOUT_S = 10
 CANCEL_TIMEOUT_S = 60
-WORKERS_MAX = 64
-
-DESCRIPTION = """\
-Copy NODE, as it is at the moment when the command is accepted, to TARGET, while clients go
-on writing. TARGET is a new raw file: the copy is called TARGET.partial until it is complete
-and on stable storage, so a file called TARGET is a whole backup. An existing file is never
-touched, unless -n is given. Or TARGET is the URI of another NBD server's export, of NODE's
-size: that is overwritten in place, as with -n.
-
-Ctrl-C asks whether to detach (the job goes on) or to cancel it; with no terminal it cancels,
-and so does SIGTERM. The exit status is the job's: 0 complete, 1 failed, 130 interrupted."""
-
-
-@dataclass(frozen=True, slots=True)
-class BackupOptions:
-    """What `backup` was told; `target` is absolute, or a URI."""
-
-    control: Path
-    json: bool
-    node: str
-    target: str
-    existing: bool
-    speed: int
-    workers: int
-    scratch: str
-    scratch_bytes_max: int | None
-    on_cbw_error: str
-    job_id: str | None
-    progress: bool | None
-    wait: bool
-
-    def arguments(self) -> dict[str, object]:
-        """Those of `x-nbdbackup-backup`."""
-        arguments: dict[str, object] = {
-            "node": self.node,
-            "target": self.target,
-            "existing": self.existing,
-            "sync": "full",
-            "speed": self.speed,
-            "workers": self.workers,
-            "scratch": self.scratch,
-            "on-cbw-error": self.on_cbw_error,
-            "auto-finalize": True,
-            # A job that nobody waits for stays listed, so that `job watch` can tell how it ended.
-            "auto-dismiss": self.wait,
-        }
-        if self.scratch_bytes_max is not None:
-            arguments["scratch-max"] = self.scratch_bytes_max
-        if self.job_id is not None:
-            arguments["job-id"] = self.job_id
-        return arguments
 
 
 def add_parser(verbs: Verbs) -> None:
     """Add `backup`."""
-    parser = verbs.add_parser(
-        "backup",
-        help="copy a node's present point in time to a file, a device or another NBD server",
-        description=DESCRIPTION,
-    )
-    parser.add_argument("node", metavar="NODE")
-    parser.add_argument("target", metavar="TARGET", help="a path, as this machine sees it, or an NBD URI")
-    parser.add_argument(
-        "--sync",
-        type=only("sync mode", "full", ("top", "incremental", "bitmap", "none")),
-        default="full",
-        metavar="full",
-        help="what to copy: full, everything (the default, and all that this version does)",
-    )
-    parser.add_argument(
-        "-O",
-        "--target-format",
-        type=only("target format", "raw", ("qcow2", "vmdk", "vdi", "vhdx", "vpc", "qed")),
-        default="raw",
-        metavar="raw",
-        help="the default, and all that this version does",
-    )
-    parser.add_argument(
-        "-n",
-        "--existing",
-        action="store_true",
-        help="overwrite TARGET, an existing file or device of NODE's size, in place; "
-        "until the job is complete its contents are a mix",
-    )
-    parser.add_argument(
-        "-r", "--rate", type=size, default=0, metavar="RATE", help="bytes a second (default 0: no limit)"
-    )
-    parser.add_argument(
-        "-m",
-        "--workers",
-        type=count,
-        default=8,
-        metavar="WORKERS",
-        help="copies in flight at once (default 8)",
-    )
-    parser.add_argument(
-        "--scratch",
-        default="auto",
-        metavar="auto|none|DIR",
-        help="where the old contents go that a client's write is about to replace. none: straight to TARGET, "
-        "so a slow TARGET slows clients. DIR: a file in DIR. auto (default): none for a path, the server's "
-        "state directory for a URI",
-    )
-    parser.add_argument(
-        "--scratch-max",
-        type=size,
-        metavar="SIZE",
-        help="at most so many bytes of scratch, then --on-cbw-error",
-    )
-    add_on_cbw_error(parser, "backup")
-    parser.add_argument("--job-id", metavar="ID", help="default: the server picks one")
-    parser.add_argument(
-        "-p",
-        "--progress",
-        action="store_true",
-        default=None,
-        help="show progress also when there is no terminal",
-    )
-    parser.add_argument(
-        "--no-wait",
-        action="store_true",
-        help="print the job's id and leave; see 'job watch' and, when it is over, 'job dismiss'",
-    )
-    add_control(parser)
-    parser.set_defaults(run=run)
+    backup_options.add_parser(verbs, run)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """`backup`."""
-    return run_async(_backup(backup_options(namespace)))
-
-
-def backup_options(namespace: argparse.Namespace) -> BackupOptions:
-    """The options that `namespace` stands for.
-
-    Raises:
-        UsageError: one asks for what this version does not do, or for the impossible.
-    """
-    remote = is_remote(namespace.target)
-    if namespace.target.endswith("/") and not remote:
-        raise UsageError(
-            f"this version does not make chains of backups yet; TARGET is a file: {namespace.target}"
-        )
-    if not namespace.target:
-        raise UsageError("TARGET is empty")
-    if not 1 <= namespace.workers <= WORKERS_MAX:
-        raise UsageError(f"-m/--workers is 1 to {WORKERS_MAX}, not {namespace.workers}")
-    scratch = namespace.scratch
-    return BackupOptions(
-        control=control_path(namespace.control),
-        json=namespace.json,
-        node=namespace.node,
-        target=absolute_place(namespace.target),
-        existing=namespace.existing or remote,
-        speed=namespace.rate,
-        workers=namespace.workers,
-        scratch=scratch if scratch in ("auto", "none") else os.path.abspath(scratch),
-        scratch_bytes_max=namespace.scratch_max,
-        on_cbw_error=namespace.on_cbw_error,
-        job_id=namespace.job_id,
-        progress=namespace.progress,
-        wait=not namespace.no_wait,
-    )
+    return run_async(_backup(backup_options.backup_options(namespace)))
 
 
 async def _backup(options: BackupOptions) -> int:
@@ -241,7 +76,7 @@ async def _attended(
     """Start the job and stay with it to its end, or until an interrupt ends the waiting."""
     job_id = await _started(control, options, interrupted)
     # Not a TaskGroup: this ends by whichever comes first, and its caller wants the plain exception.
-    end = asyncio.ensure_future(wait_job_end(control, listener, job_id, shown.report))
+    end = asyncio.ensure_future(wait_job_end(control, listener, job_id, shown.report, shown.tell))
     try:
         while (number := await _first(end, interrupted.wait())) is not None:
             shown.pause()
@@ -352,4 +187,4 @@ def _told(options: BackupOptions, end: JobEnd) -> int:
         raise NbdBackupError(f"the backup of {options.node} to {options.target} failed: {end.error}")
     if not options.json:
         print(f"{options.target}: complete, {format_size(end.total)} of {options.node}")
-    return ExitStatus.DONE
+    return end.exit_status

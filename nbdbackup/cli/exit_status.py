@@ -9,6 +9,8 @@ class ExitStatus(IntEnum):
     DONE = 0
     FAILED = 1
     USAGE = 2
+    ERRORS_IGNORED = 3
+    """Done, after errors of reading the source that the user wanted to be ignored."""
     NOT_FOUND = 10
     """No such server, node, snapshot or job."""
     INTERRUPTED = 130

@@ -65,7 +65,8 @@ def add_parser(verbs: Verbs) -> None:
     watch = actions.add_parser(
         "watch",
         help="show progress until a job (or every job) is over; Ctrl-C only stops the watching",
-        epilog="The exit status is 0 if every watched job completed, else 1.",
+        epilog="The exit status is 0 if every watched job completed, 3 if so after errors of a source that "
+        "were ignored, else 1.",
     )
     watch.add_argument("id", nargs="?", metavar="ID", help="default: every job that there is")
     add_control(watch)
@@ -163,14 +164,15 @@ async def _watch(options: WatchOptions) -> int:
             ends = await _ends(control, jobs, shown)
     for end in ends:
         _tell(options, end)
-    failed = sum(end.outcome is not Outcome.COMPLETED for end in ends)
-    return ExitStatus.FAILED if failed else ExitStatus.DONE
+    statuses = {end.exit_status for end in ends}
+    worst_first = (ExitStatus.FAILED, ExitStatus.ERRORS_IGNORED)
+    return next((status for status in worst_first if status in statuses), ExitStatus.DONE)
 
 
 async def _ends(control: Control, jobs: list[str], shown: Progress) -> list[JobEnd]:
     async def end_of(job_id: str) -> JobEnd:
         with control.events(JOB_EVENTS) as listener:
-            end = await wait_job_end(control, listener, job_id, shown.report)
+            end = await wait_job_end(control, listener, job_id, shown.report, shown.tell)
         shown.finish(job_id, end.done, end.total)
         return end
 

@@ -93,7 +93,7 @@ async def _show_export(options: MapOptions) -> int:
     device = await NbdDevice.open(options.image, read_only=True, options=quick_to_fail(context))
     try:
         if context in {name for _, name in device.export.contexts}:
-            await _show(options, device.size, _context_runs(device))
+            await _show(options, device.size, _context_runs(device, context))
             return ExitStatus.DONE
         if options.context is None:
             await _show(options, device.size, _allocation_runs(device))
@@ -113,10 +113,10 @@ async def _allocation_runs(device: BlockDevice) -> AsyncIterator[Run]:
             position += extent.length
 
 
-async def _context_runs(device: NbdDevice) -> AsyncIterator[Run]:
+async def _context_runs(device: NbdDevice, context: str) -> AsyncIterator[Run]:
     position = 0
     while position < device.size:
-        for length, kind in await device.context_status(position, device.size - position):
+        for length, kind in await device.context_status(position, device.size - position, context):
             yield Run(Extent(position, length), kind)
             position += length
 

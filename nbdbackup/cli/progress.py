@@ -24,6 +24,9 @@ class Progress(Protocol):
     def finish(self, job_id: str, done: int, total: int) -> None:
         """The job is over, after `done` of `total` bytes."""
 
+    def tell(self, line: str) -> None:
+        """Show a line that stays, whatever else is drawn."""
+
     def pause(self) -> None:
         """Stop drawing: somebody else writes to the terminal now."""
 
@@ -39,6 +42,10 @@ class NoProgress:
 
     def finish(self, job_id: str, done: int, total: int) -> None:
         """Show nothing."""
+
+    def tell(self, line: str) -> None:
+        """Write the line."""
+        say(line)
 
     def pause(self) -> None:
         """Nothing to stop."""

@@ -58,6 +58,10 @@ class BarProgress:
             self._tasks[job_id], description=description, completed=done, total=total or None
         )
 
+    def tell(self, line: str) -> None:
+        """Write the line above the bars."""
+        self._progress.console.print(line, markup=False, highlight=False)
+
     def pause(self) -> None:
         """Leave the terminal to somebody else."""
         self._progress.stop()

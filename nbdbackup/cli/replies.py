@@ -30,6 +30,7 @@ class JobInfo(msgspec.Struct, frozen=True, rename="kebab"):
     current_progress: int = 0
     total_progress: int = 0
     error: str | None = None
+    source_errors_ignored: int = msgspec.field(name="x-nbdbackup-source-errors-ignored", default=0)
 
 
 class BlockJobInfo(msgspec.Struct, frozen=True, rename="kebab"):

@@ -7,15 +7,17 @@ costs one interval, and a lost connection is noticed within one.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from qemu.qmp import EventListener, Message
 
 from nbdbackup.cli.control import Control
+from nbdbackup.cli.exit_status import ExitStatus
+from nbdbackup.cli.output import say
 from nbdbackup.cli.replies import JobInfo
 
-JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_ERROR")
 POLL_INTERVAL_S = 0.25
 CANCELLED_TEXT = "Operation canceled"
 
@@ -37,6 +39,14 @@ class JobEnd:
     done: int = 0
     total: int = 0
     error: str | None = None
+    source_errors_ignored: int = 0
+
+    @property
+    def exit_status(self) -> ExitStatus:
+        """That of a command that stayed with the job."""
+        if self.outcome is not Outcome.COMPLETED:
+            return ExitStatus.FAILED
+        return ExitStatus.ERRORS_IGNORED if self.source_errors_ignored else ExitStatus.DONE
 
     def as_json(self) -> dict[str, object]:
         """For `--json`."""
@@ -46,36 +56,69 @@ class JobEnd:
             "offset": self.done,
             "len": self.total,
             "error": self.error,
+            "source-errors-ignored": self.source_errors_ignored,
         }
 
 
 async def wait_job_end(
-    control: Control, listener: EventListener, job_id: str, report: Callable[[JobInfo], None]
+    control: Control,
+    listener: EventListener,
+    job_id: str,
+    report: Callable[[JobInfo], None],
+    tell: Callable[[str], None] = say,
 ) -> JobEnd:
     """Wait until job `job_id` is over; `report` gets its state time and again.
 
-    `listener` listens to JOB_EVENTS since before the job could end, and is used by nobody else.
+    `tell` gets a line for the user when an error has stopped the job. `listener` listens to
+    JOB_EVENTS since before the job could end, and is used by nobody else.
 
     Raises:
         ServerGoneError: the server went away before.
     """
-    end: JobEnd | None = None
+    seen = _Seen(job_id, tell)
     while True:
         event = await _next_event(listener)
         if event is not None:
-            end = _end_told_by(event, job_id) or end
+            seen.note(event)
             if event["event"] != "JOB_STATUS_CHANGE":
                 continue  # the status that belongs to it follows, or the next poll shows it
         jobs = await control.query("query-jobs", list[JobInfo])
         job = next((job for job in jobs if job.id == job_id), None)
+        if job is not None:
+            seen.errors_ignored = max(seen.errors_ignored, job.source_errors_ignored)
         if job is not None and job.status != "concluded":
             report(job)
             continue
         while not listener.empty():
-            end = _end_told_by(await listener.get(), job_id) or end
-        if end is not None:
-            return end
-        return _end_shown_by(job) if job is not None else _end_unseen(job_id)
+            seen.note(await listener.get())
+        end = seen.end or (_end_shown_by(job) if job is not None else _end_unseen(job_id))
+        return replace(end, source_errors_ignored=seen.errors_ignored)
+
+
+class _Seen:
+    """What the events told of one job."""
+
+    def __init__(self, job_id: str, tell: Callable[[str], None]) -> None:
+        self.end: JobEnd | None = None
+        self.errors_ignored = 0
+        self._job_id = job_id
+        self._tell = tell
+
+    def note(self, event: Message) -> None:
+        self.end = _end_told_by(event, self._job_id) or self.end
+        data = event.get("data")
+        if event["event"] != "BLOCK_JOB_ERROR" or not isinstance(data, dict):
+            return
+        if data.get("device") != self._job_id:
+            return
+        if data.get("action") == "stop":
+            end = "reading the source" if data.get("operation") == "read" else "writing the target"
+            self._tell(
+                f"job {self._job_id} is stopped: {end} failed; mend that and use: "
+                f"nbdbackup job resume {self._job_id}"
+            )
+        elif data.get("action") == "ignore" and data.get("operation") == "read":
+            self.errors_ignored += 1
 
 
 async def _next_event(listener: EventListener) -> Message | None:

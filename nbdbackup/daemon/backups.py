@@ -1,27 +1,67 @@
-"""Starting backups: everything that can be refused is refused before anything has changed."""
+"""Starting backups: a step of a transaction, so that everything that can be refused is refused first.
 
+What is refused, and in which order, is QEMU's: the nodes, the bitmap, both ends the same, compression,
+ends in use, x-perf, sizes, what a filter or a target must be, and the job's id and speed at last.
+"""
+
+import asyncio
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackup.bitmap.dirty import DirtyBitmap, WantedClusters
+from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.nbd_session import RemoteOptions
-from nbdbackup.block.node import Node, drained
+from nbdbackup.block.node import Node
 from nbdbackup.block.open import is_remote
-from nbdbackup.daemon.graph import Graph, is_same_server, refuse_same_file
-from nbdbackup.errors import ConflictError, UsageError
+from nbdbackup.daemon.graph import Entry, Graph, is_same_server, refuse_same_file
+from nbdbackup.daemon.transaction import Action, run_transaction
+from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
-from nbdbackup.fleece.scratch import open_scratch
-from nbdbackup.fleece.snapshots import SnapshotPlan, take_snapshots
+from nbdbackup.fleece.scratch import Scratch, open_scratch
+from nbdbackup.fleece.snapshot_access import SnapshotAccess
+from nbdbackup.fleece.snapshots import (
+    INLINE_CLUSTERS_MAX,
+    Snapshot,
+    SnapshotPlan,
+    make_snapshot,
+    make_snapshot_now,
+)
 from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
+from nbdbackup.job.sync import FrozenBitmap, Sync, SyncMode
 from nbdbackup.job.target import BACKUP_USER, ExistingTarget, Target, open_target
-from nbdbackup.monitor.context import BackupRequest, TargetNode
+from nbdbackup.job.transaction import JobTransaction
+from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
 
 logger = logging.getLogger(__name__)
 
 CLUSTER_BYTES_MAX = 64 << 20
+WORKERS_ASKED_MAX = (1 << 31) - 1
+"""QMP lets clients ask for 2 billion workers; more than WORKERS_MAX would bring nothing."""
+NODE_NAME_CHARACTERS_MAX = 31
+
+_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
+
+FindBitmap = Callable[[Node, str], DirtyBitmap | None]
+"""The bitmap of a node by its name, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a backup is started in. `own_uris` are those that this daemon listens on."""
+
+    graph: Graph
+    jobs: JobRegistry
+    scratch_directory: Path
+    remote: RemoteOptions
+    own_uris: Callable[[], Sequence[str]]
+    find_bitmap: FindBitmap
 
 
 class Backups:
@@ -34,36 +74,20 @@ class Backups:
         scratch_directory: Path,
         remote: RemoteOptions,
         own_uris: Callable[[], Sequence[str]],
+        find_bitmap: FindBitmap = lambda node, name: None,
     ) -> None:
         """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on."""
-        self._graph = graph
-        self._jobs = jobs
-        self._scratch_directory = scratch_directory
-        self._remote = remote
-        self._own_uris = own_uris
+        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris, find_bitmap)
+
+    def action(self, request: BackupRequest) -> "BackupAction":
+        """The step of a transaction that starts the backup."""
+        return BackupAction(self._surroundings, request)
 
     async def start(self, request: BackupRequest) -> str:
         """Take the point in time and start the job; its id."""
-        node = self._graph.get(request.node)
-        self._graph.check_point_in_time(node)
-        options = _options(request)
-        job_id = self._jobs.new_id(request.job_id)
-        target = await self._open_target(node, request)
-        try:
-            job = BackupJob(job_id, node, target, options)
-            self._jobs.add(job)
-        except BaseException:
-            await _give_up(target)
-            raise
-        try:
-            await self._take_point_in_time(job, request)
-        except BaseException:
-            self._jobs.discard(job)
-            await _give_up(target)
-            raise
-        self._jobs.start(job)
-        logger.info("%s: backup of %s to %s started", job_id, node, target.device)
-        return job_id
+        action = self.action(request)
+        await run_transaction([action])
+        return action.job.id
 
     @staticmethod
     def log_event(event: Event) -> None:
@@ -74,90 +98,284 @@ class Backups:
             logger.error("%s: failed: %s", event.data["device"], event.data["error"])
         elif event.name == "BLOCK_JOB_COMPLETED":
             logger.info("%s: complete", event.data["device"])
+        elif event.name == "BLOCK_JOB_ERROR" and event.data["action"] != "report":
+            logger.warning(
+                "%s: %s failed: %s", *(event.data[key] for key in ("device", "operation", "action"))
+            )
 
-    async def _open_target(self, node: Node, request: BackupRequest) -> Target:
-        target = request.target
-        if isinstance(target, TargetNode):
-            return self._existing_node(node, target.node)
+
+class BackupAction(Action):
+    """Start one backup. `job` is there once it is prepared."""
+
+    def __init__(self, surroundings: Surroundings, request: BackupRequest) -> None:
+        self._in = surroundings
+        self._request = request
+        self._sync: Sync
+        self._node: Node
+        self._target_entry: Entry | None = None
+        self._target: Target | None = None
+        self._scratch: Scratch | None = None
+        self._snapshot: Snapshot | None = None
+        self._wanted: WantedClusters | None = None
+        self._job: BackupJob | None = None
+        self._is_committed = False
+        self._together: JobTransaction | None = None
+
+    @property
+    def job(self) -> BackupJob:
+        """The job, after `prepare`."""
+        assert self._job is not None
+        return self._job
+
+    def join(self, together: JobTransaction) -> None:
+        self._together = together
+
+    async def ready(self) -> None:
+        request = self._request
+        self._node = self._in.graph.get(request.node)
+        if isinstance(request.target, TargetNode):
+            self._target_entry = self._in.graph.entry(request.target.node)
+        self._sync = request.sync.checked()
+        if self._sync.mode is SyncMode.NONE and not _is_there_already(request.target):
+            raise UsageError("sync=none never completes a new file: name an existing target")
+        place = self._scratch_place()
+        options = None if self._target_entry is not None else self._options()
+        if isinstance(request.target, TargetPath):
+            self._target = await self._open_target(request.target)
+        if place is not None:
+            cluster_bytes = (options or self._options()).cluster_bytes
+            title = f"scratch of a backup of {self._node}"
+            self._scratch = open_scratch(
+                place, self._node.size, cluster_bytes, request.scratch_bytes_max, title
+            )
+        # What is wrong now an earlier step may have mended when it is this one's turn: `prepare` looks again.
+        with suppress(NbdBackupError):
+            await self._make_job()
+        if self._job is not None and self._scratch is not None:
+            self._snapshot = await make_snapshot(self._plan(self._scratch))
+        if self._job is not None and self._sync.mode.copies_dirty:
+            await self._look_at_bitmap(self._job)
+
+    async def _look_at_bitmap(self, job: BackupJob) -> None:
+        """Find out what is to be copied; what clients change from now on is added at the instant."""
+        bitmap = self._bitmap()
+        assert bitmap is not None
+        self._wanted = WantedClusters(bitmap, job.options.cluster_bytes)
+        for _ in self._wanted.pieces():
+            await asyncio.sleep(0)
+        job.expect(self._wanted.clusters, self._snapshot)
+
+    def nodes(self) -> Sequence[Node]:
+        return (self._node,)
+
+    def prepare(self) -> None:
+        bitmap = self._check()
+        self._in.graph.check_point_in_time(self._node)
+        if self._job is None:
+            self._job = self._new_job(*self._claim())
+        if self._snapshot is None and self._scratch is not None:
+            self._snapshot = make_snapshot_now(self._plan(self._scratch))
+        self._in.jobs.add(self.job)
+        # Nothing fails from here on.
+        expected = self._wanted is not None and self._wanted.bitmap is bitmap
+        unexpected = self._wanted.changes() if self._wanted is not None and expected else None
+        frozen = None
+        if bitmap is not None:
+            assert self._sync.bitmap_mode is not None
+            frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode)
+        if self._snapshot is None:
+            self.job.hold_direct(frozen, unexpected)
+        else:
+            self._snapshot.insert()
+            self._in.graph.announcer.watch(self._snapshot)
+            self.job.hold_fleecing(self._snapshot, frozen, unexpected)
+
+    def commit(self) -> None:
+        self._is_committed = True
+        self._in.jobs.start(self.job)
+        logger.info("%s: backup of %s to %s started", self.job.id, self._node, self.job.target.device)
+
+    def abort(self) -> None:
+        self.job.let_go()
+        if self._snapshot is not None:
+            self._snapshot.take_out()
+        self._in.jobs.discard(self.job)
+
+    async def clean(self) -> None:
+        if self._wanted is not None:
+            self._wanted.end()
+        if self._is_committed:
+            return
+        if self._snapshot is not None:
+            await self._snapshot.close()
+        elif self._scratch is not None:
+            await self._scratch.close()
+        if self._job is not None:
+            await self._job.give_up()
+        elif self._target is not None:
+            await self._target.discard()
+            await self._target.close()
+
+    # Checks.
+
+    def _check(self) -> DirtyBitmap | None:
+        """Refuse whatever there is to refuse, and change nothing; the bitmap that is to be used."""
+        bitmap = self._bitmap()
+        entry, request = self._target_entry, self._request
+        if entry is not None and self._is_source(entry):
+            raise UsageError("Source and target cannot be the same")
+        if request.compress:
+            name = request.target.node if isinstance(request.target, TargetNode) else request.target.path
+            raise UsageError(f"Compression is not supported for this drive {name}")
+        self._check_unused(entry)
+        self._check_perf()
+        if entry is not None and entry.node.size != self._node.size:
+            raise UsageError("Source and target image have different sizes")
+        self._options()
+        if entry is not None and entry.node.read_only:
+            raise ConflictError("Could not create node: Block node is read-only")
+        self._check_filter_name()
+        return bitmap
+
+    def _bitmap(self) -> DirtyBitmap | None:
+        bitmap = None
+        if self._sync.bitmap is not None:
+            bitmap = self._in.find_bitmap(self._node, self._sync.bitmap)
+            if bitmap is None:
+                raise NotFoundError(f"Bitmap '{self._sync.bitmap}' could not be found")
+        self._sync.check_bitmap(bitmap)
+        return bitmap
+
+    def _is_source(self, entry: Entry) -> bool:
+        if entry.node is self._node or entry.node.root is self._node.root:
+            return True
+        refuse_same_file(self._node.root, entry.filename)
+        return False
+
+    def _check_unused(self, target: Entry | None) -> None:
+        entries = [self._in.graph.entry(self._node.name)]
+        if target is not None and self._target is None:
+            entries.append(target)
+        for entry in entries:
+            if BACKUP_USER in entry.users:
+                raise ConflictError(
+                    f"Node '{entry.node}' is busy: block device is in use by block job: backup"
+                )
+
+    def _check_filter_name(self) -> None:
+        name = self._request.filter_node_name
+        if name is None:
+            return
+        if not _NODE_NAME.fullmatch(name) or len(name) > NODE_NAME_CHARACTERS_MAX:
+            raise UsageError(f"Could not create node: Invalid node-name: '{name}'")
+        try:
+            self._in.graph.check_free(name)
+        except ConflictError as error:
+            raise ConflictError(f"Could not create node: {error}") from None
+
+    def _check_perf(self) -> None:
+        request = self._request
+        if request.discard_source and not isinstance(self._node.root, SnapshotAccess):
+            raise UsageError(
+                f"discard-source would destroy data of node '{self._node}': it is for snapshot-access nodes"
+            )
+        if not 1 <= request.workers <= WORKERS_ASKED_MAX:
+            raise UsageError(f"max-workers must be between 1 and {WORKERS_ASKED_MAX}")
+        if request.chunk_bytes_max < 0:
+            raise UsageError("max-chunk must be zero (which means no limit) or positive")
+        smallest = request.cluster_bytes_min
+        if smallest < 0 or smallest & (smallest - 1):
+            raise UsageError("min-cluster-size needs to be a power of 2")
+        if smallest > CLUSTER_BYTES_MAX:
+            raise UsageError(f"min-cluster-size must not be more than {CLUSTER_BYTES_MAX}")
+
+    def _options(self) -> BackupOptions:
+        request = self._request
+        self._check_perf()
+        return BackupOptions(
+            sync=self._sync.mode,
+            speed=request.speed,
+            workers=min(request.workers, WORKERS_MAX),
+            chunk_bytes_max=request.chunk_bytes_max or CHUNK_BYTES_MAX,
+            cluster_bytes=_cluster_bytes(request),
+            use_copy_range=request.use_copy_range,
+            discard_source=request.discard_source,
+            policies=request.policies,
+            on_cbw_error=request.on_cbw_error,
+            auto_finalize=request.auto_finalize,
+            auto_dismiss=request.auto_dismiss,
+        )
+
+    # What takes time.
+
+    async def _make_job(self) -> None:
+        self._check()
+        job_id, target = self._claim()
+        if self._node.size // _cluster_bytes(self._request) <= INLINE_CLUSTERS_MAX:
+            self._job = self._new_job(job_id, target)
+            return
+        executor = IoExecutor("maps", threads_max=1)
+        try:
+            self._job = await executor.run(self._new_job, job_id, target)
+        finally:
+            executor.shutdown()
+
+    def _claim(self) -> tuple[str, Target]:
+        """A job's id, and the target, which nobody else may use from now on; `_check` found nothing wrong."""
+        job_id = self._in.jobs.new_id(self._request.job_id)
+        if self._target is None:
+            assert self._target_entry is not None
+            self._target = ExistingTarget(self._target_entry.node, users=self._target_entry.users)
+        return job_id, self._target
+
+    def _new_job(self, job_id: str, target: Target) -> BackupJob:
+        """The job, with its maps: on a disk of many TiB these take time."""
+        return BackupJob(job_id, self._node, target, self._options(), transaction=self._together)
+
+    def _plan(self, scratch: Scratch) -> SnapshotPlan:
+        options = self.job.options
+        return SnapshotPlan(self._node, self.job.id, scratch, options.on_cbw_error, options.cbw_timeout_s)
+
+    async def _open_target(self, target: TargetPath) -> Target:
+        node = self._node
         if is_remote(target.path):
             self._refuse_own(node, target.path)
         elif not os.path.isabs(target.path):
             raise UsageError(f"{target.path} is no absolute path")
         refuse_same_file(node.root, target.path)
-        return await open_target(target.path, node.size, existing=target.existing, remote=self._remote)
+        return await open_target(target.path, node.size, existing=target.existing, remote=self._in.remote)
 
     def _refuse_own(self, node: Node, uri: str) -> None:
         if str(node.root) == uri:
             raise UsageError("Source and target cannot be the same")
-        for own in self._own_uris():
+        for own in self._in.own_uris():
             # It could be the source by another name, and writing to that would destroy it.
             if is_same_server(uri, own):
                 raise UsageError(f"{uri} is an export of this very server: choose another target")
 
-    def _existing_node(self, node: Node, name: str) -> Target:
-        entry = self._graph.entry(name)
-        if entry.node is node or entry.node.root is node.root:
-            raise UsageError("Source and target cannot be the same")
-        refuse_same_file(node.root, entry.filename)
-        if BACKUP_USER in entry.users:
-            raise ConflictError(f"Node '{name}' is in use: by {BACKUP_USER}")
-        if entry.node.read_only:
-            raise ConflictError(f"Block node '{name}' is read-only")
-        if entry.node.size != node.size:
-            raise UsageError("Source and target image have different sizes")
-        return ExistingTarget(entry.node, users=entry.users)
-
-    async def _take_point_in_time(self, job: BackupJob, request: BackupRequest) -> None:
-        place = self._scratch_place(request)
-        if place is None:
-            async with drained(job.node):
-                job.hold_direct()
-            return
-        title = f"scratch of backup {job.id}"
-        scratch = open_scratch(place, job.node.size, CLUSTER_BYTES_DEFAULT, request.scratch_bytes_max, title)
-        plan = SnapshotPlan(job.node, job.id, scratch, request.on_cbw_error, job.options.cbw_timeout_s)
-        try:
-            [snapshot] = await take_snapshots([plan])
-        except BaseException:
-            await scratch.close()
-            raise
-        self._graph.announcer.watch(snapshot)
-        job.hold_fleecing(snapshot)
-
-    def _scratch_place(self, request: BackupRequest) -> Path | None:
+    def _scratch_place(self) -> Path | None:
         """Where old clusters are saved; None: straight in the target."""
+        request = self._request
         if request.scratch not in ("none", "auto"):
+            if self._sync.mode is SyncMode.NONE:
+                raise UsageError("sync=none saves straight to the target: it has no use for scratch")
             return Path(request.scratch)
         # Across a network, every client write would wait for the target.
-        remote = not isinstance(request.target, TargetNode) and is_remote(request.target.path)
-        return self._scratch_directory if request.scratch == "auto" and remote else None
+        remote = isinstance(request.target, TargetPath) and is_remote(request.target.path)
+        wanted = request.scratch == "auto" and remote and self._sync.mode is not SyncMode.NONE
+        return self._in.scratch_directory if wanted else None
 
 
-def _options(request: BackupRequest) -> BackupOptions:
-    if request.sync != "full":
-        raise UsageError(f"sync={request.sync} is not available in this version: only full is")
-    if not 1 <= request.workers <= WORKERS_MAX:
-        raise UsageError(f"max-workers must be from 1 to {WORKERS_MAX}")
+def _is_there_already(target: TargetPath | TargetNode) -> bool:
+    return isinstance(target, TargetNode) or target.existing or is_remote(target.path)
+
+
+def _cluster_bytes(request: BackupRequest) -> int:
+    """The unit of copying."""
     cluster_bytes = max(CLUSTER_BYTES_DEFAULT, request.cluster_bytes_min)
-    if cluster_bytes & (cluster_bytes - 1) or cluster_bytes > CLUSTER_BYTES_MAX:
-        raise UsageError(f"min-cluster-size must be a power of two up to {CLUSTER_BYTES_MAX}")
     if 0 < request.chunk_bytes_max < cluster_bytes:
         raise UsageError(
             f"Required max-chunk ({request.chunk_bytes_max}) is less than "
             f"backup cluster size ({cluster_bytes})"
         )
-    return BackupOptions(
-        speed=request.speed,
-        workers=request.workers,
-        chunk_bytes_max=request.chunk_bytes_max or CHUNK_BYTES_MAX,
-        cluster_bytes=cluster_bytes,
-        use_copy_range=request.use_copy_range,
-        on_cbw_error=request.on_cbw_error,
-        auto_finalize=request.auto_finalize,
-        auto_dismiss=request.auto_dismiss,
-    )
-
-
-async def _give_up(target: Target) -> None:
-    await target.discard()
-    await target.close()
+    return cluster_bytes

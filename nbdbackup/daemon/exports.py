@@ -208,12 +208,12 @@ class Exports:
         if isinstance(ref, BitmapRef):
             if self._graph.find(ref.node) is None:
                 raise NotFoundError(f"Node '{ref.node}' not found")
-            found = self._graph.find_bitmap(ref.node, ref.name)
+            found = self._graph.bitmap_of(ref.node, ref.name)
             if found is None:
                 raise NotFoundError(f"Dirty bitmap '{ref.name}' not found")
             return found
         for name in _names_of(entry):
-            found = self._graph.find_bitmap(name, ref)
+            found = self._graph.bitmap_of(name, ref)
             if found is not None:
                 return found
         raise NotFoundError(f"Bitmap '{ref}' is not found")

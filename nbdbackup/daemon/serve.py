@@ -117,7 +117,9 @@ async def _run(
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
+        backups = Backups(
+            graph, jobs, state.scratch, _remote_options(options), server.uris, graph.find_bitmap
+        )
         services = Services(
             jobs,
             snapshots,

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from nbdbackup.block.node import Node, drained
 from nbdbackup.errors import NbdBackupError
-from nbdbackup.monitor.context import Step
+from nbdbackup.job.transaction import JobTransaction
+from nbdbackup.monitor.steps import Step
 
 
 class Action:
@@ -28,6 +29,10 @@ class Action:
         Raises:
             NbdBackupError, OSError: the step cannot be taken; `clean` is called none the less.
         """
+
+    def join(self, together: JobTransaction) -> None:
+        """Let the job that this step starts, if it does, share the fate of the others'. Before `ready`."""
+        del together
 
     def nodes(self) -> Sequence[Node]:
         """The nodes that have to stand still; asked for after `ready`."""
@@ -65,9 +70,12 @@ class Transactions:
 
     async def run(self, steps: Sequence[Step], *, grouped: bool = False) -> None:
         """Take all of `steps`, which are actions, or none."""
-        del grouped
         actions = [step for step in steps if isinstance(step, Action)]
         assert len(actions) == len(steps)
+        if grouped:
+            together = JobTransaction()
+            for action in actions:
+                action.join(together)
         await run_transaction(actions)
 
     def failing(self, error: NbdBackupError) -> Step:

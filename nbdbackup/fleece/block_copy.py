@@ -5,7 +5,9 @@ write saved counts as the job's progress and nobody copies a cluster twice: a se
 could find the client's new bytes.
 
 Each cluster goes one way: dirty -> in flight -> done, and back to dirty if the copy fails.
-`access` says which clusters the point in time still offers; `discard` takes them out.
+`access` says which clusters the point in time still offers; `discard` takes them out. With
+`skip_unallocated`, clusters that the source's top layer does not hold are discarded when they come up:
+while a cluster is dirty nobody has changed it, so the answer holds however late it is asked for.
 
 Invariant 1: a cluster in `access` and not in `done` still holds, in the source, the
 bytes of the point in time. Whoever changes the source calls `copy` (or `copy_nowait`) first.
@@ -21,6 +23,7 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.errors import CopyError, Side
 from nbdbackup.extents import Extent
+from nbdbackup.fleece.allocation import allocated_head
 from nbdbackup.fleece.budget import ByteBudget
 from nbdbackup.fleece.request_list import RequestList
 
@@ -39,7 +42,10 @@ class BlockCopy:
     """Set once: both ends, `cluster_bytes`, `target_zeroed`. Bitmaps change while running.
 
     `target_zeroed`: the target reads as zeroes wherever nothing was written yet, so that zero
-    clusters need no write. `on_copied(length)` is called with the bytes of each finished run.
+    clusters need no write. `on_copied(length)` is called with the bytes of each finished run,
+    `on_skipped(length)` with those of clusters that turned out not to be allocated.
+
+    At first every cluster is wanted, unless `all_wanted` is false: then none is until `want`.
     """
 
     def __init__(
@@ -51,7 +57,10 @@ class BlockCopy:
         target_zeroed: bool = False,
         use_copy_range: bool = True,
         chunk_bytes_max: int = CHUNK_BYTES_MAX,
+        all_wanted: bool = True,
+        skip_unallocated: bool = False,
         on_copied: Callable[[int], None] | None = None,
+        on_skipped: Callable[[int], None] | None = None,
     ) -> None:
         assert source.size == target.size
         self.source = source
@@ -60,16 +69,43 @@ class BlockCopy:
         self.cluster_bytes = cluster_bytes
         self.chunk_bytes_max = max(chunk_bytes_max, cluster_bytes)
         self.target_zeroed = target_zeroed
+        self.skip_unallocated = skip_unallocated
         self.on_copied = on_copied
-        self.access = ClusterBitmap(self.size, cluster_bytes, all_set=True)
-        self.dirty = ClusterBitmap(self.size, cluster_bytes, all_set=True)
+        self.on_skipped = on_skipped
+        self.access = ClusterBitmap(self.size, cluster_bytes, all_set=all_wanted)
+        self.dirty = ClusterBitmap(self.size, cluster_bytes, all_set=all_wanted)
         self.done = ClusterBitmap(self.size, cluster_bytes)
         self.in_flight = RequestList()
+        self.holds = RequestList()
+        """Ranges that somebody outside holds: no copy begins there, and no client write goes on."""
         self._use_copy_range = use_copy_range
         self._offload_executor = IoExecutor("copy")
         self._memory = ByteBudget(MEMORY_BYTES_MAX)
         self._buffers: list[bytearray] = []
         self._zeroes = bytes(cluster_bytes)
+
+    def want(self, clusters: ClusterBitmap) -> None:
+        """`clusters`, which become this object's, are all that is wanted. Before anything was copied."""
+        assert clusters.cluster_bytes == self.cluster_bytes
+        assert clusters.size == self.size
+        self.dirty = clusters
+        self.access = clusters.copy()
+
+    def want_more(self, area: Extent) -> None:
+        """The clusters of cluster-aligned `area` are wanted too. Before anything was copied."""
+        self.dirty.set(area)
+        self.access.set(area)
+
+    def want_again(self) -> None:
+        """A new point in time: every cluster is to be copied, also those copied before.
+
+        At an instant when no client write and no copy is in flight.
+        """
+        assert not self.in_flight
+        everything = Extent(0, self.size)
+        for bitmap in (self.access, self.dirty):
+            bitmap.set(everything)
+        self.done.clear(everything)
 
     def clusters(self, area: Extent) -> Extent:
         """`area` rounded out to whole clusters."""
@@ -86,6 +122,7 @@ class BlockCopy:
         """
         area = self.clusters(area)
         while True:
+            await self.holds.wait_no_conflict(area)
             run = self.dirty.next_set(area, self.chunk_bytes_max)
             if run is not None:
                 await self._copy_run(run)
@@ -102,7 +139,10 @@ class BlockCopy:
             CopyError: as `copy`.
         """
         area = self.clusters(area)
-        if self.in_flight and self.in_flight.find_conflict(area) is not None:
+        for requests in (self.in_flight, self.holds):
+            if requests and requests.find_conflict(area) is not None:
+                return False
+        if self.skip_unallocated and self.dirty.next_set(area) is not None:
             return False
         while (run := self.dirty.next_set(area, self.cluster_bytes)) is not None:
             if not self._copy_cluster_nowait(run):
@@ -120,8 +160,33 @@ class BlockCopy:
             CopyError: writing zeroes to the target failed; the cluster is dirty again.
         """
         area = area.aligned_in(self.cluster_bytes, self.size)
-        while area.length and (run := self.dirty.next_set(area)) is not None:
+        while area.length:
+            await self.holds.wait_no_conflict(area)
+            run = self.dirty.next_set(area)
+            if run is None:
+                return
             await self._copy_run(run, zeroes=True)
+
+    async def look_ahead(self, run: Extent) -> tuple[Extent, bool]:
+        """The longest known head of `run`, whole clusters, that is to be copied (True) or skipped (False).
+
+        Raises:
+            CopyError: the source does not know what it holds.
+        """
+        if not self.skip_unallocated:
+            return run, True
+        try:
+            known = await self.source.is_allocated(run.offset, run.length)
+        except OSError as error:
+            raise CopyError(Side.SOURCE, run.offset, run.length, error) from error
+        return allocated_head(known, run, self.cluster_bytes)
+
+    def skip(self, area: Extent) -> None:
+        """Skip what `look_ahead` said is to be skipped; what is not dirty any more was dealt with."""
+        while area.length and (run := self.dirty.next_set(area)) is not None:
+            self.dirty.clear(run)
+            self._give_up(run)
+            area = Extent(run.end, area.end - run.end)
 
     def discard(self, area: Extent) -> Extent:
         """Give up the whole clusters in `area`; they are no longer copied before a write.
@@ -146,15 +211,30 @@ class BlockCopy:
         # No await between finding the run dirty and this claim.
         self.dirty.clear(run)
         with self.in_flight.hold(run):
+            rest = run
             try:
-                if zeroes:
-                    await self._write_zeroes(run)
-                elif not await self._transfer_offloaded(run):
-                    await self._transfer_bounced(run)
+                while rest.length:
+                    piece, is_wanted = await self.look_ahead(rest)
+                    if is_wanted:
+                        await self._transfer(piece, zeroes)
+                        self._finish(piece)
+                    else:
+                        self._give_up(piece)
+                    rest = Extent(piece.end, rest.end - piece.end)
             except BaseException:
-                self._set_dirty_again(run)
+                self._set_dirty_again(rest)
                 raise
-            self._finish(run)
+
+    async def _transfer(self, run: Extent, zeroes: bool) -> None:
+        if zeroes:
+            await self._write_zeroes(run)
+        elif not await self._transfer_offloaded(run):
+            await self._transfer_bounced(run)
+
+    def _give_up(self, run: Extent) -> None:
+        self.access.clear(run)
+        if self.on_skipped is not None:
+            self.on_skipped(run.length)
 
     def _finish(self, run: Extent) -> None:
         self.dirty.clear(run)

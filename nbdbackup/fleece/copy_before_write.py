@@ -113,7 +113,7 @@ class CopyBeforeWrite(FilterDevice):
         if self.broken is not None or not length:
             return True
         copy = self.block_copy
-        if copy.in_flight or copy.dirty.any(offset, length):
+        if copy.in_flight or copy.holds or copy.dirty.any(offset, length):
             try:
                 if not copy.copy_nowait(Extent(offset, length)):
                     return False

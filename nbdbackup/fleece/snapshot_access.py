@@ -17,7 +17,7 @@ import errno
 
 from nbdbackup.block.device import BlockDevice, Features, ReadableBuffer, WritableBuffer
 from nbdbackup.errors import DeviceError, SnapshotError
-from nbdbackup.extents import Extent, StatusExtent, merge_status
+from nbdbackup.extents import ContextExtent, Extent, StatusExtent, merge_status
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite
 
 STATUS_EXTENTS_MAX = 1024
@@ -103,6 +103,20 @@ class SnapshotAccess(BlockDevice):
             position += sum(extent.length for extent in status)
         self._check_readable(area)
         return merge_status(found)
+
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        # What was not worth saving, or was discarded, is not held any more.
+        area = Extent(offset, length)
+        held = self._copy.access.next_set(area)
+        if held is None or held.offset >= area.end:
+            return [ContextExtent(length, 0)]
+        if held.offset > offset:
+            return [ContextExtent(held.offset - offset, 0)]
+        run, saved = self._next_run(Extent(offset, min(held.end, area.end) - offset))
+        if saved:
+            return [ContextExtent(run.length, 1)]
+        with self._filter.frozen_reads.hold(run):
+            return await self._filter.child.is_allocated(run.offset, run.length)
 
     async def trim(self, offset: int, length: int, fua: bool = False) -> None:
         """Give up the whole clusters of the range: see the module's docstring."""

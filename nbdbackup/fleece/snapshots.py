@@ -101,10 +101,10 @@ class Snapshot:
 async def make_snapshot(plan: SnapshotPlan) -> Snapshot:
     """Everything that can be done before the instant. The plan's scratch is the snapshot's from now on."""
     if plan.node.size // plan.scratch.cluster_bytes <= INLINE_CLUSTERS_MAX:
-        return _make(plan)
+        return make_snapshot_now(plan)
     executor = IoExecutor("maps", threads_max=1)
     try:
-        return await executor.run(_make, plan)
+        return await executor.run(make_snapshot_now, plan)
     finally:
         executor.shutdown()
 
@@ -121,7 +121,8 @@ async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
     return snapshots
 
 
-def _make(plan: SnapshotPlan) -> Snapshot:
+def make_snapshot_now(plan: SnapshotPlan) -> Snapshot:
+    """As `make_snapshot`, where nobody can wait."""
     below = plan.node.child
     block_copy = BlockCopy(below, plan.scratch, plan.scratch.cluster_bytes, target_zeroed=True)
     filter_ = CopyBeforeWrite(

@@ -1,1 +1,1 @@
-"""Jobs: their states, the backup job, its rate limit and its target."""
+"""Jobs: their states and transactions, the backup job, its sync modes, error policies, pace and target."""

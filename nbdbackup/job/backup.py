@@ -1,46 +1,62 @@
-"""The backup job: copies one point in time of a node to a target, all of it (sync=full).
+"""The backup job: copies one point in time of a node to a target, as its sync mode says (job/sync.py).
 
-Two shapes, one engine. In both, the job drives a BlockCopy over every cluster.
+Two shapes, one engine. In both, the job drives a BlockCopy over every cluster that is wanted.
 
 - direct, the seed's: a copy-before-write filter on the node shares the job's BlockCopy. What a
   client is about to overwrite goes straight to the target, and counts as the job's progress.
 - fleecing: a snapshot keeps old clusters in scratch; the job's BlockCopy reads the snapshot's
   view, and gives scratch back as it goes. A slow target never slows a client.
 
-Invariant 5: a job that succeeds has copied every cluster. Workers take each once, in order; the
-sweep at the end finds any whose copy failed in somebody else's hands.
+With sync=none, which is always direct, the clients' writes do all the copying.
+
+Invariant 5: a job that succeeds has copied every cluster that was wanted. Workers take each once, in
+order; the sweep at the end finds any whose copy failed in somebody else's hands.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node, drained
-from nbdbackup.errors import ConflictError, CopyError, Side
+from nbdbackup.errors import ConflictError, CopyError, Side, UsageError
 from nbdbackup.extents import Allocation, Extent
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT, BlockCopy
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdbackup.fleece.snapshots import Snapshot
+from nbdbackup.job.error_policy import REPORT_ERRORS, ErrorPolicies
 from nbdbackup.job.job import Job
+from nbdbackup.job.sync import FrozenBitmap, SyncMode
 from nbdbackup.job.target import Target
+from nbdbackup.job.transaction import JobTransaction
+
+T = TypeVar("T")
 
 WORKERS_DEFAULT = 8
 WORKERS_MAX = 64
 ZEROES_BYTES_MAX = 32 << 20
 """Zeroes written at once to a target that holds old bytes: a client write to that range waits for them."""
+AHEAD_BYTES_MAX = 1 << 36
+"""The plan looks so far ahead at once; on a disk of many TiB, looking to the end takes too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
     """What can be chosen; `speed` in bytes per second (0: no limit)."""
 
+    sync: SyncMode = SyncMode.FULL
     speed: int = 0
     workers: int = WORKERS_DEFAULT
     chunk_bytes_max: int = CHUNK_BYTES_MAX
     cluster_bytes: int = CLUSTER_BYTES_DEFAULT
     use_copy_range: bool = True
+    discard_source: bool = False
+    """Trim in the source, which must be nobody's data, what was copied."""
+    policies: ErrorPolicies = REPORT_ERRORS
     on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
     cbw_timeout_s: float = 0
     auto_finalize: bool = True
@@ -48,7 +64,11 @@ class BackupOptions:
 
 
 class BackupJob(Job):
-    """One backup of `node` to `target`; `hold_direct` or `hold_fleecing` chooses the shape."""
+    """One backup of `node` to `target`; `hold_direct` or `hold_fleecing` chooses the shape.
+
+    Making one takes memory and time on a large disk; holding the point in time, while clients wait,
+    does not.
+    """
 
     type = "backup"
 
@@ -59,6 +79,7 @@ class BackupJob(Job):
         target: Target,
         options: BackupOptions,
         clock: Callable[[], float] = time.monotonic,
+        transaction: JobTransaction | None = None,
     ) -> None:
         super().__init__(
             job_id,
@@ -66,13 +87,27 @@ class BackupJob(Job):
             speed=options.speed,
             auto_finalize=options.auto_finalize,
             auto_dismiss=options.auto_dismiss,
+            policies=options.policies,
+            transaction=transaction,
             clock=clock,
         )
         self.node = node
         self.target = target
         self.options = options
         self.progress_set_total(node.size)
-        self._copy: BlockCopy
+        self._copy = BlockCopy(
+            node.child,
+            target.device,
+            options.cluster_bytes,
+            target_zeroed=target.zeroed,
+            use_copy_range=options.use_copy_range,
+            chunk_bytes_max=options.chunk_bytes_max,
+            all_wanted=not options.sync.copies_dirty,
+            skip_unallocated=options.sync is SyncMode.TOP,
+            on_copied=self._note_copied,
+            on_skipped=self._note_skipped,
+        )
+        self._frozen: FrozenBitmap | None = None
         self._filter: CopyBeforeWrite | None = None
         self._snapshot: Snapshot | None = None
         self._steps: AsyncGenerator[Extent, None]
@@ -81,10 +116,22 @@ class BackupJob(Job):
 
     # Keeping the point in time: one of these, once, when the backup is accepted.
 
-    def hold_direct(self) -> None:
-        """Put a filter on the node that saves straight to the target. Only while it is drained."""
+    def expect(self, clusters: ClusterBitmap, snapshot: Snapshot | None) -> None:
+        """`clusters` will be wanted, or most of them, of the node or of `snapshot`: get ready for that."""
+        self._copy.want(clusters)
+        if snapshot is not None:
+            snapshot.block_copy.want(clusters.copy())
+
+    def hold_direct(
+        self, frozen: FrozenBitmap | None = None, unexpected: Sequence[Extent] | None = None
+    ) -> None:
+        """Put a filter on the node that saves straight to the target. Only while it is drained.
+
+        `frozen` is the bitmap of the backup, the job's from now on. `unexpected` is what is wanted beside
+        what was expected; None: `frozen` says what is.
+        """
         below = self.node.child
-        self._copy = self._make_copy(below)
+        self._want(frozen, below, unexpected)
         self._filter = CopyBeforeWrite(
             below,
             self._copy,
@@ -95,21 +142,51 @@ class BackupJob(Job):
         )
         self.node.push(self._filter)
 
-    def hold_fleecing(self, snapshot: Snapshot) -> None:
-        """Read `snapshot`, which is the job's from now on, and give its scratch back while copying."""
-        self._snapshot = snapshot
-        self._copy = self._make_copy(snapshot.access)
+    def hold_fleecing(
+        self,
+        snapshot: Snapshot,
+        frozen: FrozenBitmap | None = None,
+        unexpected: Sequence[Extent] | None = None,
+    ) -> None:
+        """Read `snapshot`, which is the job's from now on, and give its scratch back while copying.
 
-    def _make_copy(self, source: BlockDevice) -> BlockCopy:
-        return BlockCopy(
-            source,
-            self.target.device,
-            self.options.cluster_bytes,
-            target_zeroed=self.target.zeroed,
-            use_copy_range=self.options.use_copy_range,
-            chunk_bytes_max=self.options.chunk_bytes_max,
-            on_copied=self._note_copied,
-        )
+        It was taken at this instant, or everything is wanted: from now on it saves only what the job
+        will read.
+        """
+        assert self.options.sync is not SyncMode.NONE
+        self._want(frozen, snapshot.access, unexpected)
+        self._snapshot = snapshot
+        if self.options.sync.copies_dirty and unexpected is None:
+            snapshot.block_copy.want(self._copy.dirty.copy())
+        for area in unexpected or ():
+            snapshot.block_copy.want_more(area)
+        snapshot.block_copy.skip_unallocated = self._copy.skip_unallocated
+
+    def let_go(self) -> None:
+        """Undo `hold_direct` or `hold_fleecing` before the job is started, while the node is still drained.
+
+        The snapshot is left to who took it.
+        """
+        if self._filter is not None:
+            self.node.remove(self._filter)
+            self._filter = None
+        if self._frozen is not None:
+            self._frozen.thaw()
+            self._frozen = None
+
+    def _want(
+        self, frozen: FrozenBitmap | None, source: BlockDevice, unexpected: Sequence[Extent] | None
+    ) -> None:
+        self._frozen = frozen
+        self._copy.source = source
+        if not self.options.sync.copies_dirty:
+            return
+        assert frozen is not None
+        if unexpected is None:
+            self._copy.want(frozen.bitmap.clusters(self.options.cluster_bytes))
+        for area in unexpected or ():
+            self._copy.want_more(area)
+        self.progress_set_total(self._copy.dirty.total_bytes)
 
     # The job.
 
@@ -118,12 +195,15 @@ class BackupJob(Job):
         try:
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(self._watch_broken())
+                if self.options.sync is SyncMode.NONE:
+                    await self.wait_cancelled()
                 await asyncio.wait(
                     [group.create_task(self._work_steps()) for _ in range(self.options.workers)]
                 )
-                await self._copy.copy(Extent(0, self._copy.size))
+                await self._sweep()
                 watcher.cancel()
         finally:
+            # Not before the workers have ended: one may be in it.
             await self._steps.aclose()
         self._check_whole()
 
@@ -132,56 +212,137 @@ class BackupJob(Job):
         await self._let_go()
         await self.target.complete()
 
+    async def commit(self) -> None:
+        if self._frozen is not None:
+            self._frozen.succeed()
+
     async def abort(self) -> None:
-        await self._let_go()
+        try:
+            await self._let_go()
+        finally:
+            await self._settle_bitmap_after_failure()
         await self.target.discard()
 
     async def clean(self) -> None:
         await self._copy.close()
         await self.target.close()
 
+    async def give_up(self) -> None:
+        """The job was made, and will not be started: remove what only a backup is good for."""
+        await self.target.discard()
+        await self.clean()
+
+    async def _settle_bitmap_after_failure(self) -> None:
+        if self._frozen is None:
+            return
+        is_kept = self._frozen.counts_what_was_copied and self.target.outlives_failure
+        if is_kept:
+            try:
+                await self.target.device.flush()
+            except OSError:
+                # Nobody knows what is there.
+                is_kept = False
+        self._frozen.fail(self._copy.dirty if is_kept else None)
+
     async def _work_steps(self) -> None:
         with self.worker():
             while (run := await self._next_step()) is not None:
-                await self.throttle(run.length)
-                try:
-                    await self._copy.copy(run)
-                finally:
-                    # What was really copied, by us or for a client, is accounted as it happens.
-                    self.account(-run.length)
-                if self._snapshot is not None:
-                    await self._snapshot.access.trim(run.offset, run.length)
+                await self._copy_step(run)
+                if self._snapshot is not None or self.options.discard_source:
+                    await self._copy.source.trim(run.offset, run.length)
+
+    async def _sweep(self) -> None:
+        everything = Extent(0, self._copy.size)
+        while True:
+            run = self._copy.dirty.next_set(everything, self._copy.chunk_bytes_max)
+            if run is not None:
+                await self._copy_step(run)
+                continue
+            conflict = self._copy.in_flight.find_conflict(everything)
+            if conflict is None:
+                return
+            await conflict.wait_ended()
+
+    async def _copy_step(self, run: Extent) -> None:
+        async def copy() -> None:
+            await self.throttle(run.length)
+            try:
+                await self._copy.copy(run)
+            finally:
+                # What was really copied, by us or for a client, is accounted as it happens.
+                self.account(-run.length)
+
+        await self._persist(copy)
+
+    async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Do `step` until it succeeds, or the error policy says that the job has failed.
+
+        Raises:
+            CopyError: it has. ConflictError: the point in time is lost.
+        """
+        failures = 0
+        while True:
+            try:
+                return await step()
+            except CopyError as error:
+                failure = error
+            if self._snapshot is not None and self._snapshot.broken is not None:
+                # No policy brings it back.
+                raise failure
+            self._check_whole()
+            failures += 1
+            await self.settle_error(failure, failures)
+
+    # What is copied, in which order.
 
     async def _next_step(self) -> Extent | None:
-        async with self._steps_lock:
+        with self.waiting_for_worker():
+            await self._steps_lock.acquire()
+        try:
             return await anext(self._steps, None)
+        finally:
+            self._steps_lock.release()
 
     async def _plan(self) -> AsyncGenerator[Extent, None]:
         """Every run of clusters that has to be read, in order; known zeroes are copied on the way."""
         position, size = 0, self._copy.size
         while position < size:
-            window = await self._copy_known_zeroes(position)
-            rest = window.aligned_out(self._copy.cluster_bytes, size)
+            ahead = self._copy.dirty.next_set(Extent(position, size - position), AHEAD_BYTES_MAX)
+            if ahead is None:
+                return
+            known = await self._persist(lambda area=ahead: self._look_ahead(area))  # type: ignore[misc]
+            rest = known.aligned_out(self._copy.cluster_bytes, size)
             while rest.length:
                 run = self._copy.dirty.next_set(rest, self._copy.chunk_bytes_max)
                 if run is None:
                     break
                 yield run
                 rest = Extent(run.end, max(0, rest.end - run.end))
-            position = max(window.end, rest.offset)
+            position = max(known.end, rest.offset)
 
-    async def _copy_known_zeroes(self, offset: int) -> Extent:
-        """Ask what the source knows from `offset` on, copy its zeroes; returns the range it knew of."""
+    async def _look_ahead(self, area: Extent) -> Extent:
+        """Deal with what needs no reading at the beginning of `area`; returns how much of it is known."""
+        known, is_wanted = await self._copy.look_ahead(area)
+        if not is_wanted:
+            self._copy.skip(known)
+            return known
+        if known.length <= self._copy.chunk_bytes_max:
+            # One read tells whether it is zero, and asking takes as long.
+            return known
+        return await self._copy_known_zeroes(known)
+
+    async def _copy_known_zeroes(self, area: Extent) -> Extent:
+        """Ask what the source knows of `area`, copy its zeroes; returns the range it knew of."""
         try:
-            known = await self._copy.source.block_status(offset, self._copy.size - offset)
+            known = await self._copy.source.block_status(area.offset, area.length)
         except OSError as error:
-            raise CopyError(Side.SOURCE, offset, self._copy.size - offset, error) from error
-        position = offset
+            raise CopyError(Side.SOURCE, area.offset, area.length, error) from error
+        position = area.offset
         for extent in known:
             if extent.flags & Allocation.ZERO:
                 await self._copy_zeroes(Extent(position, extent.length))
             position += extent.length
-        return Extent(offset, position - offset)
+        return Extent(area.offset, position - area.offset)
 
     async def _copy_zeroes(self, area: Extent) -> None:
         if not self.target.zeroed:
@@ -197,6 +358,39 @@ class BackupJob(Job):
     def _note_copied(self, length: int) -> None:
         self.progress_add(length)
         self.account(length)
+
+    def _note_skipped(self, length: int) -> None:
+        self.progress_set_total(self.total_progress - length)
+
+    # For those who read the target while the job goes on (sync=none).
+
+    async def checkpoint(self) -> None:
+        """The point in time is now: everything that clients overwrite from now on is copied again.
+
+        Raises:
+            UsageError: the job has another sync mode. ConflictError: it is over.
+        """
+        if self.options.sync is not SyncMode.NONE:
+            raise UsageError("The backup job only supports block checkpoint in sync=none mode")
+        async with drained(self.node):
+            if self._filter is None or self.is_failing:
+                raise ConflictError(f"Job '{self.id}' is coming to its end: there is no checkpoint to be had")
+            await self.wait_overlapping_cow(Extent(0, self._copy.size))
+            self._copy.want_again()
+            self.progress_set_total(self.current_progress + self._copy.size)
+
+    async def wait_overlapping_cow(self, area: Extent) -> None:
+        """Return at a moment when nothing is being copied to the target in the clusters of `area`."""
+        await self._copy.in_flight.wait_no_conflict(self._copy.clusters(area))
+
+    @asynccontextmanager
+    async def hold(self, area: Extent) -> AsyncIterator[None]:
+        """Inside, nothing is copied to the target in the clusters of `area`; client writes there wait."""
+        area = self._copy.clusters(area)
+        with self._copy.holds.hold(area):
+            # Held first: a client that writes there all the time must not keep us waiting.
+            await self.wait_overlapping_cow(area)
+            yield
 
     # The point in time may be lost (break-snapshot); then the job has failed.
 

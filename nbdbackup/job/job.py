@@ -7,7 +7,8 @@ of one job, whatever happens on the way:
     run -> [prepare] -> abort -> clean     it failed, or was cancelled
 
 `run` and `prepare` can be cancelled at any await. `commit`, `abort` and `clean` always run to
-their ends, also when the whole daemon is being torn down around them.
+their ends, also when the whole daemon is being torn down around them. Jobs of one `JobTransaction`
+wait for each other between these steps.
 
 Law for whoever edits this: the state changes in `_enter` alone, and verbs act at once or
 raise; none of them waits.
@@ -19,15 +20,18 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import NoReturn
 
 from nbdbackup.errors import ConflictError, CopyError, Side, UsageError
+from nbdbackup.job.error_policy import REPORT_ERRORS, ErrorAction, ErrorPolicies, IoStatus, retry_delay_s
 from nbdbackup.job.events import Event, JobFigures, block_job_error, block_job_pending, job_status_change
 from nbdbackup.job.failures import describe, failure_in
+from nbdbackup.job.pace import Pace
 from nbdbackup.job.rate_limit import RateLimit
 from nbdbackup.job.states import TRANSITIONS, VERBS, JobStatus, JobVerb
+from nbdbackup.job.transaction import JobTransaction
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,8 @@ class Job(ABC):
     """One job; create it, then `JobRegistry.add` and `JobRegistry.start` it.
 
     Set once: `id`, `type`, `device` (the node that it works on), `auto_finalize`, `auto_dismiss`.
-    Changing while it runs: `status`, `error`, `current_progress` and `total_progress` (bytes).
+    Changing while it runs: `status`, `error`, `io_status`, `current_progress` and `total_progress`
+    (bytes), `source_errors_ignored` (how many).
     """
 
     type: str = "backup"
@@ -51,6 +56,8 @@ class Job(ABC):
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
+        policies: ErrorPolicies = REPORT_ERRORS,
+        transaction: JobTransaction | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if speed < 0:
@@ -59,19 +66,17 @@ class Job(ABC):
         self.device = device
         self.auto_finalize = auto_finalize
         self.auto_dismiss = auto_dismiss
+        self._policies = policies
+        self._transaction = transaction or JobTransaction()
         # Changing while it runs.
         self.status = JobStatus.UNDEFINED
         self.error: str | None = None
         self.current_progress = 0
         self.total_progress = 0
-        self._limit = RateLimit(speed, clock)
-        self._kick = asyncio.Event()
-        self._pause_asked = False
-        self._workers = 0
-        self._workers_paused = 0
-        self._workers_throttled = 0
+        self.io_status = IoStatus.OK
+        self.source_errors_ignored = 0
+        self._pace = Pace(RateLimit(speed, clock), self._note_rest)
         self._cancel_asked = False
-        self._finalize_asked = asyncio.Event()
         self._concluded = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         """The task inside `_work`, the stretch that a cancel may interrupt."""
@@ -108,45 +113,56 @@ class Job(ABC):
 
     # For `run`.
 
-    @contextmanager
-    def worker(self) -> Iterator[None]:
+    def worker(self) -> AbstractContextManager[None]:
         """One of several concurrent workers is between here and there.
 
-        The job counts as paused when all of its workers wait in `pause_point` or `throttle`; a `run`
-        that does its steps one after the other needs no `worker`.
+        The job counts as paused when all of its workers wait in `pause_point`, `throttle` or
+        `settle_error`; a `run` that does its steps one after the other needs no `worker`.
         """
-        self._workers += 1
-        try:
-            yield
-        finally:
-            self._workers -= 1
-            self._settle_pause()
+        return self._pace.worker()
+
+    def waiting_for_worker(self) -> AbstractContextManager[None]:
+        """This worker only waits for another one: whether the job rests is the other's to say."""
+        return self._pace.waiting_for_worker()
 
     async def pause_point(self) -> None:
         """Return when the job is not paused. No I/O of this worker may be in flight."""
-        while self._pause_asked:
-            self._workers_paused += 1
-            self._settle_pause()
-            try:
-                await self._kick.wait()
-            finally:
-                self._workers_paused -= 1
-                self._settle_pause()
+        await self._pace.pause_point()
 
     async def throttle(self, length: int) -> None:
         """Return when `length` bytes may be copied, and account for them. Also a `pause_point`."""
-        while True:
-            await self.pause_point()
-            delay_s = self._limit.delay_s()
-            if delay_s <= 0:
-                break
-            await self._wait_kick(delay_s)
-        # No await since delay_s: two workers must not use the same quota.
-        self._limit.account(length)
+        await self._pace.throttle(length)
+
+    async def wait_cancelled(self) -> NoReturn:
+        """There is nothing to do until the job is cancelled. A `pause_point` all the time."""
+        await self._pace.wait_for_ever()
+
+    async def settle_error(self, error: CopyError, failures: int) -> None:
+        """Do what the policy says about `error`, the last of so many `failures` in a row of this worker.
+
+        On return the same clusters are to be tried again. Workers that fail while the job is being
+        stopped are part of the same stop: there is one event for all of them.
+
+        Raises:
+            CopyError: `error`: the job is to fail.
+        """
+        action = self._policies.action(error)
+        if action is ErrorAction.REPORT:
+            raise error
+        if action is ErrorAction.IGNORE:
+            self.source_errors_ignored += error.side is Side.SOURCE
+            self.report_error(error.side, action)
+            await self._pace.wait_kick(retry_delay_s(failures))
+        elif self.io_status is IoStatus.OK:
+            self.report_error(error.side, action)
+            self.io_status = IoStatus.of(error.errno)
+            self._pace.pause_asked = True
+            self._pace.kick()
+        await self.pause_point()
 
     def account(self, length: int) -> None:
         """Count `length` bytes against the rate limit without waiting: a client had them copied."""
-        self._limit.account(length)
+        self._pace.limit.account(length)
 
     def progress_add(self, length: int) -> None:
         """`length` bytes more are done."""
@@ -156,28 +172,28 @@ class Job(ABC):
         """There are `length` bytes to do in all."""
         self.total_progress = length
 
-    def report_error(self, side: Side, action: str = "report") -> None:
-        """Tell the world of an I/O error and what the job does about it: report, ignore or stop."""
+    def report_error(self, side: Side, action: ErrorAction = ErrorAction.REPORT) -> None:
+        """Tell the world of an I/O error and what the job does about it."""
         operation = "read" if side is Side.SOURCE else "write"
-        self._emit(block_job_error(self.id, operation, action))
+        self._emit(block_job_error(self.id, operation, action.value))
 
     # What can be asked.
 
     @property
     def speed(self) -> int:
         """The rate limit in bytes per second; 0 is none."""
-        return self._limit.speed
+        return self._pace.limit.speed
 
     @property
     def is_paused(self) -> bool:
-        """Whether a user asked for a pause; `status` says whether the job has come to rest."""
-        return self._pause_asked
+        """Whether a user, or an error, asked for a pause; `status` says whether the job has come to rest."""
+        return self._pace.pause_asked
 
     @property
     def is_busy(self) -> bool:
         """Whether the job is at work, and not held up by a pause or its rate limit."""
         working = self.status in (JobStatus.RUNNING, JobStatus.READY)
-        return working and self._workers_throttled < max(1, self._workers)
+        return working and not self._pace.is_held_up
 
     @property
     def is_cancellable(self) -> bool:
@@ -205,36 +221,33 @@ class Job(ABC):
             raise ConflictError(f"Job '{self.id}' has succeeded already and is being finalized")
         if self._cancel_asked:
             return
-        self._cancel_asked = True
-        self._pause_asked = False
-        self._leave_pause()
-        if self._driver is not None:
-            self._driver.cancel()
+        self._cancel()
 
     def pause(self) -> None:
         """Come to rest at the next pause point; work in flight ends first."""
         self._check_verb(JobVerb.PAUSE)
-        if self._pause_asked:
+        if self._pace.pause_asked:
             raise ConflictError("Job is already paused")
-        self._pause_asked = True
-        self._kick_waiters()
+        self._pace.pause_asked = True
+        self._pace.kick()
 
     def resume(self) -> None:
-        """Go on after `pause`."""
-        if not self._pause_asked:
+        """Go on after `pause`, or after an error stopped the job."""
+        if not self._pace.pause_asked:
             raise ConflictError("Can't resume a job that was not paused")
         self._check_verb(JobVerb.RESUME)
-        self._pause_asked = False
+        self.io_status = IoStatus.OK
+        self._pace.pause_asked = False
         self._leave_pause()
-        self._kick_waiters()
+        self._pace.kick()
 
     def set_speed(self, speed: int) -> None:
         """Limit the job to `speed` bytes per second from now on; 0 is no limit."""
         self._check_verb(JobVerb.SET_SPEED)
         if speed < 0:
             _refuse_speed()
-        self._limit.set_speed(speed)
-        self._kick_waiters()
+        self._pace.limit.set_speed(speed)
+        self._pace.kick()
 
     def complete(self) -> None:
         """Tell a ready job to come to its end. No backup is ever ready."""
@@ -242,15 +255,38 @@ class Job(ABC):
         raise UsageError(f"The active block job '{self.id}' cannot be completed")
 
     def finalize(self) -> None:
-        """Let a job with `auto_finalize=False` go on from pending."""
+        """Let a job with `auto_finalize=False`, and all of its transaction, go on from pending."""
         self._check_verb(JobVerb.FINALIZE)
-        self._finalize_asked.set()
+        self._transaction.finalize()
 
     def dismiss(self) -> None:
         """Forget a concluded job."""
         self._check_verb(JobVerb.DISMISS)
         self._forget(self)
         self._enter(JobStatus.NULL)
+
+    # For the transaction.
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the job has failed or was cancelled."""
+        return self._cancel_asked or self.error is not None
+
+    def enter_pending(self) -> None:
+        """All of the transaction are waiting: become pending."""
+        self._enter(JobStatus.PENDING)
+        if not self.auto_finalize:
+            self._emit(block_job_pending(self.id, self.type))
+
+    def enter_committing(self) -> None:
+        """All of the transaction are prepared: refuse to be cancelled from now on."""
+        self._is_committing = True
+
+    def cancel_with_others(self) -> None:
+        """Another job of the transaction failed: be cancelled too, unless this one fails already."""
+        assert not self._is_committing
+        if not self.is_failing:
+            self._cancel()
 
     # For the registry.
 
@@ -264,10 +300,14 @@ class Job(ABC):
         self._emit = emit
         self._spawn = spawn
         self._forget = forget
+        self._transaction.add(self)
         self._enter(JobStatus.CREATED)
 
     def discard(self) -> None:
         """Give up a job that was created but will not be started."""
+        self._transaction.remove(self)
+        for status in (JobStatus.ABORTING, JobStatus.CONCLUDED):
+            self._enter(status)
         self._forget(self)
         self._enter(JobStatus.NULL)
         self._concluded.set()
@@ -277,6 +317,10 @@ class Job(ABC):
         if not self._cancel_asked:
             self._enter(JobStatus.RUNNING)
         self._spawn(self)
+
+    def note_task_ended(self) -> None:
+        """The task of `drive` is over; one that was torn down before it began gets no further."""
+        self._concluded.set()
 
     async def drive(self) -> None:
         """The job's task: from running (or cancelled while created) to concluded."""
@@ -319,19 +363,24 @@ class Job(ABC):
         await self.run()
         if self._cancel_asked:
             return
-        self._pause_asked = False
+        self._pace.pause_asked = False
+        self.io_status = IoStatus.OK
         self._enter(JobStatus.WAITING)
-        self._enter(JobStatus.PENDING)
-        if not self.auto_finalize:
-            self._emit(block_job_pending(self.id, self.type))
-            await self._finalize_asked.wait()
+        await self._transaction.wait_finalized(self)
         await self.prepare()
+        if self._cancel_asked:
+            return
+        await self._transaction.wait_prepared(self)
 
     async def _settle(self, succeeded: bool) -> None:
         """Commit or abort, clean, and conclude."""
         assert succeeded == (self.error is None)
+        if not succeeded:
+            if not self._cancel_asked:
+                self._enter(JobStatus.ABORTING)
+            self._transaction.fail(self)
+        await self._transaction.wait_turn(self)
         if succeeded:
-            self._is_committing = True
             await self._call(self.commit)
         else:
             self._enter(JobStatus.ABORTING)
@@ -362,7 +411,17 @@ class Job(ABC):
         if isinstance(failure, CopyError) and not self._cancel_asked:
             self.report_error(failure.side)
 
+    def _cancel(self) -> None:
+        self._cancel_asked = True
+        self._pace.pause_asked = False
+        self.io_status = IoStatus.OK
+        self._leave_pause()
+        if self._driver is not None:
+            self._driver.cancel()
+
     def _enter(self, status: JobStatus) -> None:
+        if status is self.status is JobStatus.ABORTING:
+            return
         assert status in TRANSITIONS[self.status], f"{self}: {self.status} -> {status}"
         self.status = status
         self._emit(job_status_change(self.id, status.value))
@@ -373,11 +432,8 @@ class Job(ABC):
                 f"Job '{self.id}' in state '{self.status.value}' cannot accept command verb '{verb.value}'"
             )
 
-    # Waiting and being woken.
-
-    def _settle_pause(self) -> None:
+    def _note_rest(self, resting: bool) -> None:
         """Make `status` true again after a worker came to rest, went on or left."""
-        resting = self._pause_asked and 0 < self._workers_paused >= self._workers
         if not resting:
             self._leave_pause()
         elif self.status is JobStatus.RUNNING:
@@ -390,21 +446,6 @@ class Job(ABC):
             self._enter(JobStatus.RUNNING)
         elif self.status is JobStatus.STANDBY:
             self._enter(JobStatus.READY)
-
-    async def _wait_kick(self, timeout_s: float) -> None:
-        self._workers_throttled += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._kick.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._workers_throttled -= 1
-
-    def _kick_waiters(self) -> None:
-        """Wake whoever waits in `pause_point` or `throttle`, to look again."""
-        self._kick.set()
-        self._kick = asyncio.Event()
 
 
 async def _to_the_end(work: Awaitable[None]) -> None:

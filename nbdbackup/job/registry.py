@@ -103,7 +103,8 @@ class JobRegistry:
             listener(event)
 
     def _spawn(self, job: Job) -> None:
-        self._tasks.create_task(job.drive(), name=f"job-{job.id}")
+        task = self._tasks.create_task(job.drive(), name=f"job-{job.id}")
+        task.add_done_callback(lambda _: job.note_task_ended())
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.id]

@@ -19,10 +19,14 @@ BACKUP_USER = "a backup's target"
 
 
 class Target(ABC):
-    """`device` to write to; `zeroed` if it reads as zeroes where nothing was written."""
+    """`device` to write to; `zeroed` if it reads as zeroes where nothing was written.
+
+    `outlives_failure`: what was copied is still there when the backup has failed.
+    """
 
     device: BlockDevice
     zeroed: bool = False
+    outlives_failure: bool = False
 
     @abstractmethod
     async def complete(self) -> None:
@@ -43,6 +47,8 @@ class Target(ABC):
 
 class ExistingTarget(Target):
     """A device or image that is there already; what the backup does not reach keeps its bytes."""
+
+    outlives_failure = True
 
     def __init__(self, device: BlockDevice, *, users: list[str] | None = None) -> None:
         """`device` is the target's to close, unless `users` is given: the list of who needs the device."""

@@ -1,21 +1,15 @@
-"""Commands about nodes, and blockdev-backup."""
+"""Commands about nodes."""
 
-from enum import Enum
 from typing import cast
 
 from nbdbackup.errors import UsageError
-from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
 from nbdbackup.monitor.commands_bitmaps import bitmap_info
-from nbdbackup.monitor.context import BackupRequest, Services, TargetNode
+from nbdbackup.monitor.context import Services
 from nbdbackup.monitor.node_options import BlockdevOptions, definition
 from nbdbackup.monitor.schema import Arguments
 from nbdbackup.monitor.services_graph import NodeInfo
-
-MAX_WORKERS_MAX = (1 << 31) - 1
-WORKERS_MAX = 64
-"""QMP lets clients ask for 2 billion workers; more than this would bring nothing."""
 
 
 class QueryNodesArguments(Arguments, frozen=True, kw_only=True):
@@ -29,41 +23,6 @@ class BlockdevDelArguments(Arguments, frozen=True, kw_only=True):
 class WriteThresholdArguments(Arguments, frozen=True, kw_only=True):
     node_name: str
     write_threshold: int
-
-
-class SyncMode(Enum):
-    """QMP's words; see `BackupRequest` for those that are served."""
-
-    TOP = "top"
-    FULL = "full"
-    NONE = "none"
-    INCREMENTAL = "incremental"
-    BITMAP = "bitmap"
-
-    def check_served(self) -> None:
-        """Raise UsageError if there is no such backup here."""
-        if self is not SyncMode.FULL:
-            raise UsageError(f"Sync mode '{self.value}' is not supported; use 'full'")
-
-
-class BackupPerf(Arguments, frozen=True, kw_only=True):
-    use_copy_range: bool = False
-    max_workers: int = 64
-    max_chunk: int = 0
-    min_cluster_size: int = 0
-
-
-class BlockdevBackupArguments(Arguments, frozen=True, kw_only=True):
-    job_id: str | None = None
-    device: str
-    sync: SyncMode
-    speed: int = 0
-    compress: bool = False
-    on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
-    x_perf: BackupPerf | None = None
-    target: str
 
 
 @command("query-named-block-nodes", QueryNodesArguments)
@@ -132,40 +91,3 @@ async def block_set_write_threshold(services: Services, arguments: WriteThreshol
         raise UsageError("Parameter 'write-threshold' expects uint64")
     await services.graph.set_write_threshold(arguments.node_name, arguments.write_threshold)
     return {}
-
-
-@command("blockdev-backup", BlockdevBackupArguments)
-async def blockdev_backup(services: Services, arguments: BlockdevBackupArguments) -> Json:
-    arguments.sync.check_served()
-    if arguments.device == arguments.target:
-        raise UsageError("Source and target cannot be the same")
-    if arguments.compress:
-        raise UsageError(f"Compression is not supported for this drive {arguments.target}")
-    if arguments.speed < 0:
-        raise UsageError("Parameter 'speed' expects a non-negative value")
-    perf = arguments.x_perf or BackupPerf()
-    _check_perf(perf)
-    request = BackupRequest(
-        node=arguments.device,
-        target=TargetNode(arguments.target),
-        job_id=arguments.device if arguments.job_id is None else arguments.job_id,
-        speed=arguments.speed,
-        workers=min(perf.max_workers, WORKERS_MAX),
-        chunk_bytes_max=perf.max_chunk,
-        cluster_bytes_min=perf.min_cluster_size,
-        use_copy_range=perf.use_copy_range,
-        on_cbw_error=arguments.on_cbw_error,
-        auto_finalize=arguments.auto_finalize,
-        auto_dismiss=arguments.auto_dismiss,
-    )
-    await services.backups.start(request)
-    return {}
-
-
-def _check_perf(perf: BackupPerf) -> None:
-    if not 1 <= perf.max_workers <= MAX_WORKERS_MAX:
-        raise UsageError(f"max-workers must be between 1 and {MAX_WORKERS_MAX}")
-    if perf.max_chunk < 0:
-        raise UsageError("max-chunk must be zero (which means no limit) or positive")
-    if perf.min_cluster_size < 0 or perf.min_cluster_size & (perf.min_cluster_size - 1):
-        raise UsageError("min-cluster-size needs to be a power of 2")

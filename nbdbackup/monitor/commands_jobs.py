@@ -127,7 +127,7 @@ def _block_job_info(job: Job) -> dict[str, Json]:
         "busy": job.is_busy,
         "paused": job.is_paused,
         "speed": job.speed,
-        "io-status": "ok",
+        "io-status": job.io_status.value,
         "ready": False,
         "status": job.status.value,
         "auto-finalize": job.auto_finalize,
@@ -136,4 +136,7 @@ def _block_job_info(job: Job) -> dict[str, Json]:
 
 
 def _with_error(job: Job, info: dict[str, Json]) -> dict[str, Json]:
+    """`info`, with what is only told if there is something to tell."""
+    if job.source_errors_ignored:
+        info["x-nbdbackup-source-errors-ignored"] = job.source_errors_ignored
     return info if job.error is None else info | {"error": job.error}

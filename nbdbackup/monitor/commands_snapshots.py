@@ -1,14 +1,10 @@
-"""Commands that QEMU does not have: snapshots as exports, and backups to a path."""
+"""Commands that QEMU does not have: snapshots as exports."""
 
-import os
-
-from nbdbackup.block.open import is_remote
 from nbdbackup.errors import UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
-from nbdbackup.monitor.commands_block import WORKERS_MAX, SyncMode
-from nbdbackup.monitor.context import BackupRequest, Services, TargetPath
+from nbdbackup.monitor.context import Services
 from nbdbackup.monitor.schema import Arguments, NoArguments
 from nbdbackup.monitor.services_snapshots import SnapshotInfo, SnapshotOptions
 
@@ -47,21 +43,6 @@ class SnapshotDropArguments(Arguments, frozen=True, kw_only=True):
     pulled: bool = False
 
 
-class BackupArguments(Arguments, frozen=True, kw_only=True):
-    node: str
-    target: str
-    existing: bool = False
-    sync: SyncMode
-    job_id: str | None = None
-    speed: int = 0
-    workers: int = 8
-    scratch: str = "auto"
-    scratch_max: int | None = None
-    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
-
-
 @command("x-nbdbackup-snapshot-create", SnapshotCreateArguments)
 async def snapshot_create(services: Services, arguments: SnapshotCreateArguments) -> Json:
     taken = await services.snapshots.create(arguments.nodes, arguments.options())
@@ -79,36 +60,6 @@ async def snapshot_drop(services: Services, arguments: SnapshotDropArguments) ->
 async def query_snapshots(services: Services, arguments: NoArguments) -> Json:
     del arguments
     return [snapshot_info(info) for info in services.snapshots.list()]
-
-
-@command("x-nbdbackup-backup", BackupArguments)
-async def backup(services: Services, arguments: BackupArguments) -> Json:
-    arguments.sync.check_served()
-    if not os.path.isabs(arguments.target) and not is_remote(arguments.target):
-        raise UsageError(
-            f"Parameter 'target' expects an absolute path or an NBD URI, not '{arguments.target}'"
-        )
-    if arguments.speed < 0:
-        raise UsageError("Parameter 'speed' expects a non-negative value")
-    if not 1 <= arguments.workers <= WORKERS_MAX:
-        raise UsageError(f"Parameter 'workers' expects a number between 1 and {WORKERS_MAX}")
-    if arguments.scratch not in ("auto", "none") and not os.path.isabs(arguments.scratch):
-        raise UsageError("Parameter 'scratch' expects 'auto', 'none' or the absolute path of a directory")
-    _check_positive("scratch-max", arguments.scratch_max)
-    request = BackupRequest(
-        node=arguments.node,
-        target=TargetPath(arguments.target, arguments.existing),
-        sync=arguments.sync.value,
-        job_id=arguments.job_id,
-        speed=arguments.speed,
-        workers=arguments.workers,
-        scratch=arguments.scratch,
-        scratch_bytes_max=arguments.scratch_max,
-        on_cbw_error=arguments.on_cbw_error,
-        auto_finalize=arguments.auto_finalize,
-        auto_dismiss=arguments.auto_dismiss,
-    )
-    return {"job-id": await services.backups.start(request)}
 
 
 def check_names(parameter: str, names: list[str]) -> None:

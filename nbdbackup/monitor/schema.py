@@ -111,7 +111,8 @@ def _check_union(expected: inspect.UnionType, value: Json, path: str, title: str
     if isinstance(value, str) and len(structs) < len(alternatives):
         return
     if len(structs) < len(alternatives) and not isinstance(value, dict):
-        raise _wrong_type(path, title)
+        # QEMU calls an alternate by its last name, and in a list it has none.
+        raise _wrong_type("null" if path.endswith("]") else path.rpartition(".")[2], title)
     members = _as_object(value, path)
     tag_field = structs[0].tag_field
     if tag_field is None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from nbdbackup.errors import ConflictError, UsageError
 from nbdbackup.job.events import Event, Json
 from nbdbackup.monitor import (
+    commands_backup,
     commands_bitmaps,
     commands_block,
     commands_checkpoints,
@@ -40,6 +41,7 @@ __all__ = ["MonitorServer", "monitor"]
 logger = logging.getLogger(__name__)
 
 COMMAND_MODULES = (
+    commands_backup,
     commands_bitmaps,
     commands_block,
     commands_checkpoints,

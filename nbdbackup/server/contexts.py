@@ -9,6 +9,7 @@ was removed since gets an error for it, never another context's answer.
 """
 
 import errno
+from collections.abc import Mapping
 from typing import Protocol
 
 from nbdbackup.block.device import BlockDevice
@@ -92,13 +93,41 @@ class ContextTable:
         """Stop offering `name`, which was added."""
         del self._providers[name]
 
+    def find(self, name: str) -> StatusProvider | None:
+        """Who answers for `name` now, if there is anybody."""
+        return self._providers.get(name)
+
     def get(self, name: str) -> StatusProvider:
-        """Who answers for `name`.
+        """Who answers for `name` now.
 
         Raises:
-            DeviceError: it was removed since the client selected it.
+            DeviceError: nobody.
         """
         provider = self._providers.get(name)
         if provider is None:
             raise DeviceError(errno.EINVAL, f"meta context {name} is no longer there")
+        return provider
+
+
+class SelectedContexts:
+    """What one client has selected of `table`: `selected` are the names by their numbers.
+
+    A context that was removed stays removed for it, also when there is another one of its name: a client
+    that copies what a bitmap says must not be told what a newer bitmap says.
+    """
+
+    def __init__(self, table: ContextTable, selected: Mapping[int, str]) -> None:
+        self._table = table
+        self._selected = {number: (name, table.find(name)) for number, name in selected.items()}
+
+    def get(self, number: int) -> StatusProvider:
+        """Who answers for the context `number`.
+
+        Raises:
+            DeviceError: it was removed since the client selected it.
+        """
+        name, selected = self._selected[number]
+        provider = self._table.get(name)
+        if provider is not selected:
+            raise DeviceError(errno.EINVAL, f"meta context {name} is another one since")
         return provider

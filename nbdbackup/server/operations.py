@@ -8,7 +8,7 @@ from nbdbackup.nbd import replies
 from nbdbackup.nbd.constants import Command, CommandFlags
 from nbdbackup.nbd.requests import Refusal, Request
 from nbdbackup.nbd.transmission import Transmission
-from nbdbackup.server.contexts import ContextTable
+from nbdbackup.server.contexts import SelectedContexts
 
 HOLE_BYTES_MIN = 64 << 10
 """A READ this long may be answered with holes; for less, looking costs more than it saves."""
@@ -43,14 +43,14 @@ async def perform(
 
 
 async def tell_status(
-    contexts: ContextTable, protocol: Transmission, request: Request, ids: Sequence[int]
+    contexts: SelectedContexts, protocol: Transmission, request: Request, ids: Sequence[int]
 ) -> Sequence[ReadableBuffer]:
     """The reply to BLOCK_STATUS, which `protocol.check` let through, for the contexts `ids`."""
     extents_max = 1 if request.flags & CommandFlags.REQ_ONE else max(1, STATUS_EXTENTS_MAX // len(ids))
     statuses = []
     try:
         for number in ids:
-            provider = contexts.get(protocol.contexts[number])
+            provider = contexts.get(number)
             extents = await provider.status(request.offset, request.length)
             statuses.append((number, [(extent.length, extent.status) for extent in extents[:extents_max]]))
     except OSError as error:

@@ -31,6 +31,7 @@ from nbdbackup.nbd.requests import Refusal, Request
 from nbdbackup.nbd.transmission import Transmission
 from nbdbackup.server.budget import FREE_BYTES, SharedBudget
 from nbdbackup.server.buffers import REPLY_FLUSH_BYTES, ReceiveBuffer, ReplyBuffer
+from nbdbackup.server.contexts import SelectedContexts
 from nbdbackup.server.exports import Export
 from nbdbackup.server.operations import HOLE_BYTES_MIN, explain, perform, tell_status
 from nbdbackup.server.payload import WHOLE_BYTES_MAX, Payload
@@ -70,6 +71,7 @@ class Session:
         self._export = export
         self._device = export.node
         self._protocol = Transmission(negotiated)
+        self._contexts = SelectedContexts(export.contexts, self._protocol.contexts)
         self._head_bytes = self._protocol.request_bytes
         self._budget = SharedBudget() if budget is None else budget
         self._tasks: asyncio.TaskGroup
@@ -428,7 +430,7 @@ class Session:
             self._replies.put(self._protocol.reply_done(payload.request))
 
     def _start_status(self, request: Request, ids: Sequence[int]) -> None:
-        self._start(partial(tell_status, self._export.contexts, self._protocol, request, ids), 0)
+        self._start(partial(tell_status, self._contexts, self._protocol, request, ids), 0)
 
     def _start(self, operation: Callable[[], Awaitable[Sequence[ReadableBuffer]]], buffer_bytes: int) -> None:
         """Run `operation`, whose buffers have `buffer_bytes`, and send the reply that it returns."""

@@ -12,6 +12,7 @@ import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
 from nbdbackup.job.events import Json
+from tests.conftest import ServeFunction
 from tests.support.jobs import WAIT_S_MAX
 from tests.support.monitor import QmpClient, bench
 from tests.support.peers import require
@@ -165,11 +166,6 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Json]]] = [
         "blockdev-backup",
         {"device": "disk", "target": "target", "sync": "full", "x-perf": {"max-workers": "x"}},
     ),
-    (
-        "blockdev-backup",
-        {"device": "disk", "target": "target", "sync": "full", "job-id": "j", "x-perf": {"max-workers": 0}},
-    ),
-    ("blockdev-backup", {"device": "disk", "target": "disk", "sync": "full", "job-id": "j"}),
     ("blockdev-backup", {"device": "disk", "target": "target", "sync": "full", "job-id": "1bad"}),
     ("blockdev-add", {}),
     ("blockdev-add", {"driver": "floppy9", "node-name": "c"}),
@@ -257,6 +253,68 @@ async def test_errors_for_bad_arguments_are_qemus(path: Path) -> None:
         for name, arguments in BAD_ARGUMENTS:
             mine = await ours.fail(name, arguments)
             assert mine == await theirs.fail(name, arguments), (name, arguments)
+
+
+FULL: dict[str, Json] = {"device": "disk", "target": "target", "sync": "full", "job-id": "j"}
+REFUSED_BACKUPS: list[dict[str, Json]] = [
+    {"device": "none"},
+    {"target": "none"},
+    {"device": "none", "target": "none"},
+    {"target": "disk"},
+    {"target": "small"},
+    {"target": "read-only"},
+    {"job-id": "1bad"},
+    {"speed": -1},
+    {"job-id": "1bad", "speed": -1},
+    {"filter-node-name": "target"},
+    {"filter-node-name": "1bad"},
+    {"x-perf": {"max-workers": 0}},
+    {"x-perf": {"max-workers": 1 << 31}},
+    {"x-perf": {"max-chunk": -1}},
+    {"x-perf": {"max-chunk": 4096}},
+    {"x-perf": {"max-workers": 0}, "target": "small"},
+    {"x-perf": {"max-chunk": 4096}, "target": "small"},
+    {"target": "small", "job-id": "1bad"},
+    {"target": "read-only", "job-id": "1bad"},
+    {"sync": "incremental"},
+    {"sync": "bitmap"},
+    {"sync": "incremental", "target": "none"},
+    {"sync": "incremental", "bitmap": "none"},
+    {"sync": "incremental", "bitmap": "none", "target": "disk"},
+    {"sync": "incremental", "bitmap": "none", "bitmap-mode": "never"},
+    {"bitmap": "none"},
+    {"bitmap-mode": "always"},
+    {"bitmap-mode": "always", "target": "disk"},
+]
+
+
+async def test_what_a_backup_is_refused_for_is_qemus(
+    serve: ServeFunction, path: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, length in (("disk", DISK_BYTES), ("target", DISK_BYTES), ("small", DISK_BYTES - 512)):
+        (images / name).write_bytes(bytes(length))
+    server = await asyncio.to_thread(serve, disk=images / "disk", tcp=False)
+    reader, writer = await _connect(server.control)
+    ours = QmpClient(reader, writer)
+    await ours.receive()
+    try:
+        async with qemu(path.parent) as theirs:
+            await _negotiate(ours, theirs)
+            for name, file, read_only in (
+                ("target", "target", False), ("small", "small", False), ("read-only", "target", True),
+            ):  # fmt: skip
+                node: dict[str, Json] = {"driver": "file", "node-name": name, "read-only": read_only}
+                node["filename"] = str(images / file)
+                for client in (ours, theirs) if name != "target" else (ours,):
+                    await client.execute("blockdev-add", node)
+            for change in REFUSED_BACKUPS:
+                mine = await ours.fail("blockdev-backup", FULL | change)
+                assert mine == await theirs.fail("blockdev-backup", FULL | change), change
+            assert await ours.execute("query-jobs") == []
+    finally:
+        writer.close()
 
 
 async def _answers_to_garbage(client: QmpClient, data: bytes) -> list[Json]:

@@ -27,7 +27,7 @@ import pytest
 from nbdbackup.block.nbd import NbdDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.extents import Allocation
-from nbdbackup.monitor.context import BackupRequest, TargetPath
+from nbdbackup.monitor.services_backup import BackupRequest, TargetPath
 from nbdbackup.nbd.client import RemoteExport
 from tests.conftest import ServeFunction
 from tests.support.certificates import Pki

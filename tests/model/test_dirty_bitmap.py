@@ -2,7 +2,8 @@
 
 from itertools import pairwise
 
-from hypothesis import settings
+from bitarray import bitarray
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -15,6 +16,7 @@ from hypothesis.stateful import (
 )
 
 from nbdbackup.bitmap import dirty
+from nbdbackup.bitmap.bits import rescale
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze, Planes, SavedBits, granules
 from nbdbackup.extents import Extent
@@ -204,18 +206,32 @@ class SmallPiecesMachine(DirtyBitmapMachine):
         self._limits = dirty.FREEZE_GRANULES, dirty.FREEZE_CHANGES_MAX, dirty.STATUS_GRANULES_MAX
         dirty.FREEZE_GRANULES, dirty.FREEZE_CHANGES_MAX, dirty.STATUS_GRANULES_MAX = 3, 2, 5
         self._extents_max = dirty.STATUS_EXTENTS_MAX
+        self._runs_max = dirty.RUNS_MAX
         dirty.STATUS_EXTENTS_MAX = 2
+        dirty.RUNS_MAX = 1
 
     def teardown(self) -> None:
         super().teardown()
         dirty.FREEZE_GRANULES, dirty.FREEZE_CHANGES_MAX, dirty.STATUS_GRANULES_MAX = self._limits
         dirty.STATUS_EXTENTS_MAX = self._extents_max
+        dirty.RUNS_MAX = self._runs_max
 
 
 TestDirtyBitmap = DirtyBitmapMachine.TestCase
 TestDirtyBitmap.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestSmallPieces = SmallPiecesMachine.TestCase
 TestSmallPieces.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+@given(
+    st.lists(st.booleans(), max_size=300),
+    st.sampled_from((1, 2, 4, 8, 16, 32, 64, 128)),
+    st.sampled_from((1, 2, 4, 8, 16, 32, 64, 128)),
+)
+def test_bits_of_another_unit_stand_for_the_same_bytes(bits: list[bool], unit: int, new_unit: int) -> None:
+    scaled = rescale(bitarray(bits), unit, new_unit)
+    set_bytes = {byte for n, bit in enumerate(bits) if bit for byte in range(n * unit, (n + 1) * unit)}
+    assert set(scaled.search(1)) == {byte // new_unit for byte in set_bytes}
 
 
 def test_planes_may_be_given_with_bits_that_are_set_already() -> None:

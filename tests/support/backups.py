@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.node import drained
+from nbdbackup.fleece.snapshots import make_snapshot_now
 from nbdbackup.job.backup import BackupJob, BackupOptions
 from nbdbackup.job.registry import JobRegistry
+from nbdbackup.job.sync import BitmapSyncMode, FrozenBitmap
 from nbdbackup.job.target import NewFileTarget, Target
 from tests.support.faults import FaultyDevice
 from tests.support.fleecing import CLUSTER, Disk, make_gate
@@ -51,6 +54,8 @@ async def start_backup(
     shape: str,
     options: BackupOptions = OPTIONS,
     clock: Callable[[], float] | None = None,
+    bitmap: DirtyBitmap | None = None,
+    bitmap_mode: BitmapSyncMode = BitmapSyncMode.ON_SUCCESS,
 ) -> WatchedJob:
     """Take the point in time of `disk` and start the job."""
     job = (
@@ -59,12 +64,15 @@ async def start_backup(
         else WatchedJob("b1", disk.node, target, options, clock)
     )
     registry.add(job)
-    if shape == "direct":
-        async with drained(disk.node):
-            job.hold_direct()
-    else:
-        taken = await disk.take("b1")
-        job.hold_fleecing(taken.snapshot)
+    async with drained(disk.node):
+        frozen = None if bitmap is None else FrozenBitmap(bitmap, bitmap_mode)
+        if shape == "direct":
+            job.hold_direct(frozen)
+        else:
+            plan, _ = disk.plan("b1")
+            snapshot = make_snapshot_now(plan)
+            snapshot.insert()
+            job.hold_fleecing(snapshot, frozen)
     registry.start(job)
     return job
 

@@ -17,7 +17,7 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
-from nbdbackup.daemon.backups import Backups
+from nbdbackup.daemon.backups import Backups, FindBitmap
 from nbdbackup.daemon.bitmaps import Bitmaps
 from nbdbackup.daemon.checkpoints import Checkpoints
 from nbdbackup.daemon.events import Announcer
@@ -74,11 +74,12 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path, remote: RemoteOptions | None = None) -> AsyncIterator[Daemon]:
-    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does.
-
-    `remote`: of its targets.
-    """
+async def composed(
+    directory: Path,
+    remote: RemoteOptions | None = None,
+    find_bitmap: FindBitmap | None = None,
+) -> AsyncIterator[Daemon]:
+    """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does. `remote`: of its targets."""
     scratch = directory / "scratch"
     scratch.mkdir()
     exports = ExportTable()
@@ -91,7 +92,9 @@ async def composed(directory: Path, remote: RemoteOptions | None = None) -> Asyn
     checkpoints = Checkpoints(bitmaps, snapshots)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
-        backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
+        backups = Backups(
+            graph, jobs, scratch, remote or RemoteOptions(), list, find_bitmap or graph.find_bitmap
+        )
         try:
             serving = tasks.create_task(server.run())
             yield Daemon(

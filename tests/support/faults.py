@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nbdbackup.block.device import BlockDevice, ReadableBuffer, WritableBuffer
 from nbdbackup.block.filter import FilterDevice
-from nbdbackup.extents import Extent, StatusExtent
+from nbdbackup.extents import ContextExtent, Extent, StatusExtent
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +105,10 @@ class FaultyDevice(FilterDevice):
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         self._arrive("block_status", offset, length)
         return await self.child.block_status(offset, length)
+
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        self._arrive("is_allocated", offset, length)
+        return await self.child.is_allocated(offset, length)
 
     def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:
         area = Extent(offset, len(buffer))

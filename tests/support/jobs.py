@@ -8,6 +8,7 @@ from nbdbackup.job.events import Event
 from nbdbackup.job.job import Job
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.states import JobStatus
+from nbdbackup.job.transaction import JobTransaction
 
 WAIT_S_MAX = 10.0
 
@@ -25,8 +26,16 @@ class ScriptedJob(Job):
         auto_dismiss: bool = True,
         gated_hooks: tuple[str, ...] = (),
         failures: dict[str, Exception] | None = None,
+        transaction: JobTransaction | None = None,
     ) -> None:
-        super().__init__(job_id, "disk", speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        super().__init__(
+            job_id,
+            "disk",
+            speed=speed,
+            auto_finalize=auto_finalize,
+            auto_dismiss=auto_dismiss,
+            transaction=transaction,
+        )
         self.calls: list[str] = []
         self._steps = steps
         self._allowed = asyncio.Semaphore(0)

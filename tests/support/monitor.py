@@ -13,10 +13,10 @@ from nbdbackup.errors import NotFoundError
 from nbdbackup.job.events import Json
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.monitor.context import (
-    BackupRequest,
     Services,
 )
 from nbdbackup.monitor.server import MonitorServer, monitor
+from nbdbackup.monitor.services_backup import BackupRequest
 from nbdbackup.monitor.services_bitmaps import BitmapChange
 from nbdbackup.monitor.services_exports import ExportInfo, ExportRequest, ServerRequest
 from nbdbackup.monitor.services_graph import NodeDefinition, NodeInfo
@@ -76,7 +76,13 @@ class FakeBackups:
     """How far a new job goes without being told."""
     steps_in_all: int = 1
 
+    def action(self, request: BackupRequest) -> "FakeBackupAction":
+        return FakeBackupAction(self, request)
+
     async def start(self, request: BackupRequest) -> str:
+        return self.begin(request)
+
+    def begin(self, request: BackupRequest) -> str:
         self.requests.append(request)
         if self.failure is not None:
             raise self.failure
@@ -92,6 +98,15 @@ class FakeBackups:
         job.step(self.steps_allowed)
         self.started.append(job)
         return job.id
+
+
+@dataclass(eq=False)
+class FakeBackupAction(Action):
+    backups: FakeBackups
+    request: BackupRequest
+
+    def prepare(self) -> None:
+        self.backups.begin(self.request)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,8 @@ def test_backup_waits_for_the_job_and_exits_with_0(
             "workers": 3,
             "scratch": str(tmp_path / "scr"),
             "scratch-max": 2 << 20,
+            "on-source-error": "report",
+            "on-target-error": "report",
             "on-cbw-error": "break-snapshot",
             "job-id": "j",
             "auto-finalize": True,
@@ -116,6 +118,82 @@ def test_backup_waits_for_the_job_and_exits_with_0(
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path}/push.img: complete, 100 of disk\n"
     assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        (["--sync", "top"], {"sync": "top"}),
+        (["--sync", "incremental", "--bitmap", "b0"], {"sync": "incremental", "bitmap": "b0"}),
+        (
+            ["--sync", "bitmap", "--bitmap", "b0", "--bitmap-mode", "always"],
+            {"sync": "bitmap", "bitmap": "b0", "bitmap-mode": "always"},
+        ),
+        (["--bitmap", "b0", "--bitmap-mode", "on-success"], {"sync": "full", "bitmap-mode": "on-success"}),
+        (["--sync", "none", "-n"], {"sync": "none", "existing": True}),
+        (
+            ["--on-source-error", "ignore", "--on-target-error", "enospc"],
+            {"on-source-error": "ignore", "on-target-error": "enospc"},
+        ),
+        (["--on-cbw-error", "break-guest-write"], {"on-cbw-error": "break-guest-write"}),
+    ],
+)
+def test_what_to_copy_and_what_to_do_about_errors_is_passed_on(
+    socket_path: Path, arguments: list[str], sent: dict[str, object]
+) -> None:
+    job = FakeJob()
+    with fake_qmp(socket_path, x_nbdbackup_backup=job.start, query_jobs=job.query) as fake:
+        assert main(["backup", "disk", "/t", *arguments]) == 0
+    (received,) = fake.arguments_of("x-nbdbackup-backup")
+    assert sent.items() <= received.items()
+
+
+def _with_errors(job: FakeJob, *errors: tuple[str, str, str]) -> Callable[[Connection, Arguments], object]:
+    """Start `job`, and tell of errors: job, operation, action."""
+
+    def start(connection: Connection, arguments: Arguments) -> object:
+        started = job.start(connection, arguments)
+        for device, operation, action in errors:
+            connection.event("BLOCK_JOB_ERROR", device=device, operation=operation, action=action)
+        return started
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ([("j", "read", "ignore"), ("j", "read", "ignore")], 3),
+        ([("j", "write", "ignore"), ("other", "read", "ignore"), ("j", "read", "stop")], 0),
+    ],
+)
+def test_backup_that_ignored_errors_of_the_source_exits_with_3(
+    socket_path: Path, capsys: pytest.CaptureFixture[str], errors: list[tuple[str, str, str]], status: int
+) -> None:
+    job = FakeJob()
+    start = _with_errors(job, *errors)
+    with fake_qmp(socket_path, x_nbdbackup_backup=start, query_jobs=job.query):
+        assert main(["backup", "disk", "/t", "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["source-errors-ignored"] == (2 if status else 0)
+
+
+def test_failed_backup_exits_with_1_also_if_it_ignored_errors(socket_path: Path) -> None:
+    job = FakeJob(error="No space left on device")
+    start = _with_errors(job, ("j", "read", "ignore"))
+    with fake_qmp(socket_path, x_nbdbackup_backup=start, query_jobs=job.query):
+        assert main(["backup", "disk", "/t"]) == 1
+
+
+def test_an_error_that_stops_the_job_is_told_with_what_to_do(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = FakeJob()
+    start = _with_errors(job, ("j", "write", "stop"))
+    with fake_qmp(socket_path, x_nbdbackup_backup=start, query_jobs=job.query):
+        assert main(["backup", "disk", "/t"]) == 0
+    assert capsys.readouterr().err == (
+        "job j is stopped: writing the target failed; mend that and use: nbdbackup job resume j\n"
+    )
 
 
 @pytest.mark.parametrize("dismissed", [True, False])
@@ -166,6 +244,7 @@ def test_json_tells_the_end_on_standard_output_alone(
         "offset": 100,
         "len": 100,
         "error": None,
+        "source-errors-ignored": 0,
     }
 
 
@@ -310,12 +389,15 @@ def test_interrupt_of_another_command_is_130(socket_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--sync", "incremental"], "this version does not do sync mode 'incremental' yet"),
-        (["--sync", "some"], "no sync mode"),
+        (["--sync", "incremental"], "--sync incremental needs --bitmap"),
+        (["--sync", "some"], "invalid choice: 'some'"),
+        (["--sync", "none"], "--sync none never completes a new file"),
+        (["--bitmap-mode", "never"], "name it with --bitmap"),
+        (["--on-source-error", "pray"], "invalid choice: 'pray'"),
         (["-O", "qcow2"], "this version does not do target format 'qcow2' yet"),
         (["-r", "fast"], "not a size"),
         (["-m", "0"], "1 to 64"),
-        (["--bitmap", "b"], "unrecognized arguments: --bitmap"),
+        (["--bitmap", "b"], "--bitmap needs --bitmap-mode with --sync full"),
     ],
 )
 def test_what_backup_does_not_do_is_a_usage_error(
@@ -403,6 +485,15 @@ def test_job_watch_tells_how_a_job_ends_or_ended(
     end = json.loads(capsys.readouterr().out)
     assert end["outcome"] == ("failed" if error else "completed")
     assert end["error"] == error
+
+
+def test_job_watch_tells_of_errors_that_were_ignored_before_it_watched(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"id": "j", "type": "backup", "status": "concluded", "x-nbdbackup-source-errors-ignored": 4}
+    with fake_qmp(socket_path, query_jobs=constant([job])):
+        assert main(["job", "watch", "j", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["source-errors-ignored"] == 4
 
 
 def test_job_watch_without_jobs_is_done_at_once(socket_path: Path) -> None:

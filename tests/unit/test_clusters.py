@@ -1,5 +1,6 @@
 """ClusterBitmap against a plain set of cluster numbers."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -86,3 +87,13 @@ TestClusterBitmap = ClusterBitmapMachine.TestCase
 def test_last_cluster_of_any_size_counts_only_its_bytes(size: int) -> None:
     bitmap = ClusterBitmap(size, 1 << 36, all_set=True)
     assert bitmap.bytes_set(Extent(0, size)) == size
+
+
+@pytest.mark.parametrize("size", [4 * 512, 4 * 512 - 1, 3 * 512 + 1])
+def test_total_bytes_knows_how_short_the_last_cluster_is(size: int) -> None:
+    clusters = ClusterBitmap(size, 512)
+    assert clusters.total_bytes == 0
+    clusters.set(Extent(0, 512))
+    assert clusters.total_bytes == 512
+    clusters.set(Extent(3 * 512, size - 3 * 512))
+    assert clusters.total_bytes == clusters.bytes_set(Extent(0, size)) == size - 2 * 512

@@ -12,7 +12,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.job.job import Job
 from nbdbackup.job.target import BACKUP_USER
-from nbdbackup.monitor.context import BackupRequest, TargetNode, TargetPath
+from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
 from nbdbackup.monitor.services_graph import FileNode, RawNode
 from tests.support.daemon import Daemon, Leftovers, composed
 from tests.support.fleecing import make_gate, noise, open_all_gates
@@ -92,11 +92,15 @@ BASE = BackupRequest("disk", TargetPath("ignored"))
     ("changes", "error", "text"),
     [
         ({"node": "other"}, NotFoundError, "node-name='other'"),
-        ({"sync": "incremental"}, UsageError, "only full"),
-        ({"workers": 0}, UsageError, "from 1 to 64"),
-        ({"workers": 65}, UsageError, "from 1 to 64"),
-        ({"cluster_bytes_min": 65537}, UsageError, "power of two"),
-        ({"cluster_bytes_min": 128 << 20}, UsageError, "power of two"),
+        ({"workers": 0}, UsageError, "max-workers must be between 1 and 2147483647"),
+        ({"workers": 1 << 31}, UsageError, "max-workers must be between 1 and 2147483647"),
+        ({"cluster_bytes_min": 65537}, UsageError, "min-cluster-size needs to be a power of 2"),
+        ({"cluster_bytes_min": 128 << 20}, UsageError, "min-cluster-size must not be more than 67108864"),
+        ({"chunk_bytes_max": -1}, UsageError, "max-chunk must be zero"),
+        ({"compress": True}, UsageError, "Compression is not supported for this drive /"),
+        ({"discard_source": True}, UsageError, "discard-source would destroy data of node 'disk'"),
+        ({"filter_node_name": "disk"}, ConflictError, "Could not create node: Duplicate nodes"),
+        ({"filter_node_name": "0bad"}, UsageError, "Could not create node: Invalid node-name: '0bad'"),
         ({"chunk_bytes_max": 4096}, UsageError, "max-chunk"),
         ({"speed": -1}, UsageError, "non-negative"),
         ({"job_id": "0 bad"}, UsageError, "Invalid job ID"),
@@ -243,7 +247,7 @@ async def test_a_start_that_is_cancelled_while_a_client_write_ends_leaves_nothin
 
 
 @pytest.mark.parametrize("scratch", ["none", "directory"])
-async def test_a_job_that_is_cancelled_before_its_point_in_time_ends_cleanly(
+async def test_a_daemon_that_leaves_before_the_point_in_time_starts_no_backup(
     scratch: str, daemon: Daemon, path: Path, tmp_path: Path
 ) -> None:
     gate = make_gate(MemoryDevice(SIZE))
@@ -255,11 +259,12 @@ async def test_a_job_that_is_cancelled_before_its_point_in_time_ends_cleanly(
     request = replace(to_file(path), node="slow", scratch=place, job_id="b1")
     (starting,) = drained_slowly(daemon, request, 1)
     await settle()
-    job_of(daemon, "b1").cancel()
+    assert not list(daemon.jobs), "there is no job before there is a point in time"
+    await daemon.jobs.cancel_all()
     gate.open_gate()
-    await asyncio.wait([starting])
+    with pytest.raises(ConflictError, match="shutting down"):
+        await starting
     await writing
-    assert await end(daemon, "b1") == "Operation canceled"
     assert path.name not in os.listdir(tmp_path)
     assert f"{path.name}.partial" not in os.listdir(tmp_path)
     assert daemon.is_quiet()
@@ -299,8 +304,11 @@ async def test_a_node_can_be_the_target_of_one_backup_and_is_in_use_meanwhile(
     await daemon.backups.start(request)
     with pytest.raises(ConflictError, match=f"in use: by {BACKUP_USER}"):
         await daemon.graph.delete("target")
-    with pytest.raises(ConflictError, match=f"in use: by {BACKUP_USER}"):
+    busy = "Node 'target' is busy: block device is in use by block job: backup"
+    with pytest.raises(ConflictError, match=busy):
         await daemon.backups.start(replace(request, job_id="b2"))
+    with pytest.raises(ConflictError, match=busy):
+        await daemon.backups.start(replace(request, node="target", target=TargetNode("disk"), job_id="b2"))
     with pytest.raises(ConflictError, match="in use"):
         await daemon.graph.delete("disk")
     job_of(daemon, "b1").set_speed(0)

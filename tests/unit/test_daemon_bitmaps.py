@@ -11,7 +11,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.transaction import Failing, run_transaction
 from nbdbackup.errors import ConflictError, DeviceError, NbdBackupError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
-from nbdbackup.monitor.context import BackupRequest, TargetNode
+from nbdbackup.monitor.services_backup import BackupRequest, TargetNode
 from nbdbackup.monitor.services_bitmaps import (
     BitmapAdd,
     BitmapChange,
@@ -23,6 +23,7 @@ from nbdbackup.monitor.services_bitmaps import (
 )
 from nbdbackup.monitor.services_graph import RawNode
 from nbdbackup.monitor.services_snapshots import SnapshotOptions
+from nbdbackup.server.contexts import SelectedContexts
 from tests.support.daemon import Daemon, composed
 from tests.support.fleecing import end, start
 from tests.support.gated import GatedDevice, settle
@@ -314,16 +315,28 @@ async def test_exports_show_bitmaps_as_they_come_and_go(daemon: Daemon) -> None:
     assert export.contexts.names == (*always, name)
     assert daemon.exports.get("same").contexts.names == always
     await write(daemon, "disk", 10)
-    told = await export.contexts.get(name).status(65536, SIZE - 65536)
+    selected = SelectedContexts(export.contexts, {1: name})
+    told = await selected.get(1).status(65536, SIZE - 65536)
     assert [(extent.length, extent.status) for extent in told] == [(9 * 65536, 0), (513, 1)]
     find(daemon, "disk", "b").inconsistent = "for a test"
     with pytest.raises(DeviceError, match="b is inconsistent: for a test"):
-        await export.contexts.get(name).status(0, SIZE)
+        await selected.get(1).status(0, SIZE)
     find(daemon, "disk", "b").inconsistent = ""
     await do(daemon, BitmapRemove("disk", "b"))
     assert export.contexts.names == always
     with pytest.raises(DeviceError, match="no longer there"):
-        export.contexts.get(name)
+        selected.get(1)
+
+
+async def test_a_client_is_not_told_of_another_bitmap_of_the_name(daemon: Daemon) -> None:
+    export, name = daemon.exports.get("disk"), "qemu:dirty-bitmap:b"
+    await do(daemon, BitmapAdd("disk", "b"))
+    before = SelectedContexts(export.contexts, {1: name})
+    await do(daemon, BitmapRemove("disk", "b"))
+    await do(daemon, BitmapAdd("disk", "b"))
+    with pytest.raises(DeviceError, match="is another one since"):
+        before.get(1)
+    await SelectedContexts(export.contexts, {1: name}).get(1).status(0, SIZE)
 
 
 async def test_a_backup_into_a_node_is_recorded_in_its_bitmaps(daemon: Daemon, tmp_path: Path) -> None:

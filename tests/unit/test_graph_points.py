@@ -12,7 +12,7 @@ from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError, SnapshotError, UsageError
 from nbdbackup.fleece.copy_before_write import OnCbwError
-from nbdbackup.monitor.context import BackupRequest, TargetPath
+from nbdbackup.monitor.services_backup import BackupRequest, TargetPath
 from nbdbackup.monitor.services_exports import ExportRequest
 from nbdbackup.monitor.services_graph import (
     BitmapRef,

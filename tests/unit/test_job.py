@@ -314,7 +314,7 @@ async def test_cancelled_job_whose_creation_fails_is_only_forgotten() -> None:
         registry.discard(job)
         await _concluded(job)
         assert job.calls == []
-        assert log.summary == ["created", "null"]
+        assert log.summary == ["created", "aborting", "concluded", "null"]
 
 
 async def test_cancel_is_refused_once_the_job_commits() -> None:
@@ -416,7 +416,7 @@ async def test_a_job_can_be_discarded_before_it_starts() -> None:
         job = ScriptedJob()
         registry.add(job)
         registry.discard(job)
-        assert log.summary == ["created", "null"]
+        assert log.summary == ["created", "aborting", "concluded", "null"]
         assert job.calls == []
         assert list(registry) == []
 

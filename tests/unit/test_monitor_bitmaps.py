@@ -78,6 +78,11 @@ async def test_a_command_and_an_action_ask_for_the_same_change(
         ),
         (
             "merge",
+            {"node": "disk", "target": "t", "bitmaps": ["b", 5]},
+            "Invalid parameter type for 'null', expected: BlockDirtyBitmapOrStr",
+        ),
+        (
+            "merge",
             {"node": "disk", "target": "t", "bitmaps": [{"node": "disk"}]},
             "Parameter 'bitmaps[0].name' is missing",
         ),

@@ -6,11 +6,7 @@ import pytest
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.events import Json
-from nbdbackup.monitor.context import (
-    BackupRequest,
-    TargetNode,
-    TargetPath,
-)
+from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
 from nbdbackup.monitor.services_exports import ExportRequest, ServerRequest
 from nbdbackup.monitor.services_graph import (
     BitmapRef,
@@ -153,7 +149,6 @@ async def test_backup_options_are_passed_on(path: Path) -> None:
     ("change", "text"),
     [
         ({"target": "t.img"}, "Parameter 'target' expects an absolute path or an NBD URI, not 't.img'"),
-        ({"sync": "top"}, "Sync mode 'top' is not supported; use 'full'"),
         ({"sync": "some"}, "Parameter 'sync' does not accept value 'some'"),
         ({"speed": -1}, "Parameter 'speed' expects a non-negative value"),
         ({"workers": 0}, "Parameter 'workers' expects a number between 1 and 64"),
@@ -197,7 +192,7 @@ async def test_blockdev_backup_passes_its_tuning_on(path: Path) -> None:
         }  # fmt: skip
         await client.execute("blockdev-backup", arguments)
         (request,) = control.backups.requests
-        assert (request.workers, request.chunk_bytes_max, request.cluster_bytes_min) == (64, 1 << 20, 4096)
+        assert (request.workers, request.chunk_bytes_max, request.cluster_bytes_min) == (1000, 1 << 20, 4096)
         assert (request.use_copy_range, request.job_id, request.speed) == (True, "j", 3)
 
 

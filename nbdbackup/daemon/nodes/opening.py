@@ -163,7 +163,7 @@ class NodeOpener:
         ref = definition.bitmap
         if ref is None:
             return None
-        found = self._table.find_bitmap(ref.node, ref.name)
+        found = self._table.bitmap_of(ref.node, ref.name)
         if found is None:
             raise NotFoundError(f"Dirty bitmap '{ref.name}' not found")
         if found.inconsistent:

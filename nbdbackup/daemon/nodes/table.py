@@ -84,8 +84,12 @@ class NodeTable:
         """As `entry`; None if there is none."""
         return self._entries.get(name)
 
-    def find_bitmap(self, node: str, name: str) -> DirtyBitmap | None:
-        """The dirty bitmap `name` of the node called `node`, if there are both."""
+    def find_bitmap(self, node: Node, name: str) -> DirtyBitmap | None:
+        """The bitmap of `node` that is called `name`, if there is one."""
+        return self.entry(node.name).bitmaps.find(name)
+
+    def bitmap_of(self, node: str, name: str) -> DirtyBitmap | None:
+        """As `find_bitmap`, for the node called `node`; None if there is no such node either."""
         entry = self.find(node)
         return None if entry is None else entry.bitmaps.find(name)
 
