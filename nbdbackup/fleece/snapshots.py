@@ -82,9 +82,11 @@ class Snapshot:
         """
         node = self.plan.node
         self.access.end()
-        async with drained(node):
-            if self.filter in node.filters:
-                node.remove(self.filter)
+        # One that was never put in place must not wait for the clients' writes.
+        if self.filter in node.filters:
+            async with drained(node):
+                if self.filter in node.filters:
+                    node.remove(self.filter)
         async with drained(self.view):
             pass
         await self.close()
