@@ -33,14 +33,13 @@ class Prober:
         self._offset = offset
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run)
+        self._since = 0.0
         self.longest_s = 0.0
         self.writes = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
-        while not self.writes:
-            time.sleep(0.01)
-        self.longest_s = 0.0
+        self.wait_for_write()
         return self
 
     def __exit__(
@@ -48,6 +47,17 @@ class Prober:
     ) -> None:
         self._ended.set()
         self._thread.join(60)
+
+    def start_anew(self) -> None:
+        """Forget what was; of a write that is under way, the time before this does not count."""
+        self._since = time.perf_counter()
+        self.longest_s = 0.0
+
+    def wait_for_write(self) -> None:
+        """Return when a write that is under way now, or the next one, was answered."""
+        seen = self.writes
+        while self.writes == seen and self._thread.is_alive():
+            time.sleep(0.001)
 
     def _run(self) -> None:
         data = bytes(4096)
@@ -57,7 +67,7 @@ class Prober:
                 before = time.perf_counter()
                 client.request(CMD_WRITE, self._offset, len(data), data)
                 assert client.simple_reply().error == 0
-                self.longest_s = max(self.longest_s, time.perf_counter() - before)
+                self.longest_s = max(self.longest_s, time.perf_counter() - max(before, self._since))
                 self.writes += 1
 
 
@@ -87,10 +97,11 @@ class Table:
 
     async def measure(self, name: str, doing: Callable[[], Awaitable[object]]) -> None:
         """Do it once, and print how that went."""
-        self._prober.longest_s = 0.0
+        self._prober.start_anew()
         before = time.perf_counter()
         await doing()
         seconds = time.perf_counter() - before
+        await asyncio.to_thread(self._prober.wait_for_write)
         stall_ms, memory = self._prober.longest_s * 1000, self._server.rss_bytes() / MIB
         print(f"| {name} | {seconds:.3f} | {stall_ms:.1f} | {memory:.0f} |", flush=True)
 
