@@ -1,0 +1,44 @@
+"""A snapshot whose scratch is full, as those see it who still read it: the cause, and no newer byte."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ServeFunction
+from tests.support.disks import MIB, make_disk
+from tests.support.raw_client import CMD_READ, CMD_WRITE, EIO, RawClient
+from tests.support.server import Server
+
+CLUSTER = 65536
+
+
+@pytest.fixture
+def broken(serve: ServeFunction, tmp_path: Path) -> Server:
+    """A server whose snapshot disk@s1 broke when a client wrote more than its scratch takes."""
+    server = serve(disk=make_disk(tmp_path / "disk.img", MIB))
+    server.cli("snapshot", "create", "disk", "--name", "s1", "--scratch-max", "64K")
+    with RawClient(server) as client:
+        client.go("disk")
+        client.request(CMD_WRITE, 0, 2 * CLUSTER, b"n" * 2 * CLUSTER)
+        assert client.simple_reply().error == 0
+    return server
+
+
+def test_error_of_a_read_says_why_the_snapshot_is_broken(broken: Server) -> None:
+    """Defect j: the reader heard of EACCES and nothing more."""
+    with RawClient(broken) as client:
+        client.go("disk@s1", structured=True)
+        client.request(CMD_READ, 5 * CLUSTER, CLUSTER)
+        (chunk,) = client.chunks()
+    assert chunk.error == EIO
+    assert b"snapshot disk@s1 is broken: " in chunk.data
+    assert b"is full: 65536 of 65536 bytes used (scratch-max)" in chunk.data
+    assert "snapshot disk@s1 is broken, client writes go on: " in broken.log()
+
+
+def test_no_byte_of_a_broken_snapshot_is_read_by_simple_replies(broken: Server) -> None:
+    with RawClient(broken) as client:
+        client.go("disk@s1")
+        for offset in (0, CLUSTER, 5 * CLUSTER):
+            client.request(CMD_READ, offset, CLUSTER)
+            assert client.simple_reply(CLUSTER).error == EIO
