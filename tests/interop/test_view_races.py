@@ -116,7 +116,10 @@ def wrong_reads(server: Listening, structured: bool, expected: bytes) -> int:
 @pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
 @pytest.mark.parametrize("of", [our_view, qemus_view], ids=["ours", "qemu-10"])
 def test_reads_of_a_view_race_overlapping_writes_trims_and_zeroes_and_see_their_instant(
-    serve: ServeFunction, tmp_path: Path, of: Callable[[ServeFunction, Path], AbstractContextManager[Listening]], structured: bool
+    serve: ServeFunction,
+    tmp_path: Path,
+    of: Callable[[ServeFunction, Path], AbstractContextManager[Listening]],
+    structured: bool,
 ) -> None:
     with of(serve, tmp_path) as server:
         expected = (tmp_path / "disk.img").read_bytes()

@@ -94,6 +94,7 @@ async def composed(directory: Path, remote: RemoteOptions | None = None) -> Asyn
         backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
             serving = tasks.create_task(server.run())
+            freeing = tasks.create_task(snapshots.free_broken())
             yield Daemon(
                 scratch,
                 exports,
@@ -111,6 +112,7 @@ async def composed(directory: Path, remote: RemoteOptions | None = None) -> Asyn
             server.stop()
             await jobs.cancel_all()
             await serving
+            freeing.cancel()
             await snapshots.close()
             await graph.close()
 

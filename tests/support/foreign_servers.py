@@ -79,7 +79,7 @@ def qemu_storage_daemon(image: Path, *objects: str, words: Sequence[str] | None 
 
 
 def qemu_fleecing(image: Path, scratch: Path, words: Sequence[str]) -> MakeCommand:
-    """QEMU's daemon, which `words` run, with the raw `image` as the export "disk" and its view as "disk@s1"."""
+    """QEMU's daemon, which `words` run: the raw `image` is the export "disk", its view "disk@s1"."""
     nodes = [
         f"driver=file,node-name=file,discard=unmap,filename={image}",
         f"driver=file,node-name=scratch,discard=unmap,filename={scratch}",
