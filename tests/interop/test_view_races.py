@@ -1,7 +1,7 @@
 """A snapshot's view while clients change the very clusters that it is reading, request against request.
 
-QEMU 7.2 fails this check: reads of its view return newer bytes, and zeroes where clients trim. QEMU 10
-passes it, and is checked beside us to show that the check asks for nothing that cannot be had.
+QEMU 7.2 was seen to return newer bytes, and zeroes where clients trimmed. QEMU 10 passes this check, and
+stands beside us to show that it asks for nothing that cannot be had.
 """
 
 import os
