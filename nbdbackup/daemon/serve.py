@@ -159,6 +159,7 @@ async def _open_bitmaps(
     stack.callback(stored.close)
     await stored.open()
     bitmaps = Bitmaps(graph, exports, stored)
+    await bitmaps.chains.open()
     graph.watcher = bitmaps
 
     async def release() -> None:

@@ -213,7 +213,12 @@ def test_the_commands_say_what_they_did(server: Server) -> None:
     assert made["export"] == "disk@c1"
     (listed_checkpoint,) = json.loads(server.cli("checkpoint", "list", "disk", "--json").stdout)
     assert (listed_checkpoint["name"], listed_checkpoint["parent"]) == ("c1", None)
-    assert server.cli("checkpoint", "list").stdout.split()[5:8] == ["disk", "c1", "-"]
+    assert server.cli("checkpoint", "list").stdout.split()[7:11] == [
+        "disk",
+        "c1",
+        listed_checkpoint["uuid"],
+        "-",
+    ]
     assert json.loads(server.cli("checkpoint", "delete", "c1", "--json").stdout)[0]["node"] == "disk"
     again = server.cli("checkpoint", "delete", "disk", "c1")
     assert (again.stdout, again.stderr) == ("", "there was no checkpoint c1 of disk\n")
