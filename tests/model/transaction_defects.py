@@ -164,15 +164,15 @@ DEFECTS: list[Defect] = [
     grouped_alone,
     instant_without_drain,
     commit_one_by_one,
+    skipped_stays_in_total,
+    ignored_means_left_out,
+    bitmap_changed_before_instant,
+    write_before_copy,
+    bit_after_forward,
 ]
 RARE_DEFECTS: list[Defect] = [
     abdicate_whatever_mode,
     always_without_rest,
-    bit_after_forward,
     quick_write_without_bit,
-    write_before_copy,
-    bitmap_changed_before_instant,
-    ignored_means_left_out,
-    skipped_stays_in_total,
 ]
-"""Found too, but only after a longer search."""
+"""These take a longer search."""
