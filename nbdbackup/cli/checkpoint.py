@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackup.cli.control import CommandError, connected, explained, run_async
+from nbdbackup.cli.control import CommandError, check_node, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.output import print_json, print_table, say
 from nbdbackup.cli.parser import Parser, Verbs, add_control, control_path
@@ -102,6 +102,7 @@ async def _list(options: ListOptions) -> int:
     async with connected(options.control) as control:
         answers = await control.query(command, list[dict[str, object]])
         if options.node is not None:
+            await check_node(control, options.node)
             answers = [answer for answer in answers if answer.get("node") == options.node]
         checkpoints = control.convert(command, answers, list[CheckpointInfo])
     if options.json:

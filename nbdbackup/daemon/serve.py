@@ -143,6 +143,7 @@ async def _run(
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
                 living = tasks.create_task(bitmaps.keep_alive())
+                freeing = tasks.create_task(snapshots.free_broken())
                 status = await _serve_until(options, server, stop)
                 ending.begin()
                 notify("STOPPING=1")
@@ -152,6 +153,7 @@ async def _run(
                 await jobs.cancel_all()
                 await serving
                 living.cancel()
+                freeing.cancel()
     return status
 
 

@@ -62,6 +62,7 @@ class Snapshots:
         self.live: dict[str, KeptSnapshot] = {}
         self.names_being_made: set[str] = set()
         self._ending: set[Snapshot] = set()
+        self._broken: asyncio.Queue[Snapshot] = asyncio.Queue()
 
     def list(self) -> Sequence[SnapshotInfo]:
         """Every live snapshot, the oldest first."""
@@ -123,11 +124,28 @@ class Snapshots:
             self._ending.discard(snapshot)
             logger.info("snapshot %s dropped", snapshot.export_name)
 
+    async def free_broken(self) -> None:
+        """Give the scratch of each snapshot back when it is broken and nobody is reading it; until cancelled.
+
+        It stays in the list, and its export goes on to fail with the cause, until it is dropped.
+        """
+        async with asyncio.TaskGroup() as freeing:
+            while True:
+                # One that somebody is still reading must not hold up the others.
+                freeing.create_task(self._free_scratch(await self._broken.get()))
+
+    async def _free_scratch(self, snapshot: Snapshot) -> None:
+        try:
+            await snapshot.free_scratch()
+        except OSError as error:
+            logger.warning("scratch of %s: %s", snapshot.export_name, error.strerror or error)
+
     def offer(self, kept: "KeptSnapshot") -> None:
         """`kept` was taken: show it to clients, with the bitmaps as they were."""
         snapshot = kept.snapshot
         self.live[snapshot.export_name] = kept
         self.graph.announcer.watch(snapshot)
+        snapshot.filter.on_broken = lambda cause: self._broken.put_nowait(snapshot)
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self.server.exports

@@ -101,6 +101,7 @@ async def composed(
         backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
             serving = tasks.create_task(server.run())
+            freeing = tasks.create_task(snapshots.free_broken())
             yield Daemon(
                 scratch,
                 exports,
@@ -118,6 +119,7 @@ async def composed(
             server.stop()
             await jobs.cancel_all()
             await serving
+            freeing.cancel()
             await snapshots.close()
             for node in graph:
                 await bitmaps.release(graph.entry(node.name))
