@@ -9,12 +9,13 @@ from nbdbackup.errors import ConflictError, DeviceError
 
 
 class StateDirectory:
-    """`path`, locked from `open` to `close`; `scratch` is for the snapshots' saved clusters, `bitmaps` for
-    persistent bitmaps."""
+    """`path`, locked from `open` to `close`; `scratch` is for the snapshots' saved clusters, `snapshots` for
+    what else is known of them, `bitmaps` for persistent bitmaps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.scratch = path / "scratch"
+        self.snapshots = path / "snapshots"
         self.bitmaps = path / "bitmaps"
         self._lock_fd = -1
 
