@@ -13,6 +13,7 @@ The model is libvirt's.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from uuid import UUID
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
 
@@ -23,6 +24,7 @@ class Checkpoint:
 
     bitmap: DirtyBitmap
     created: datetime
+    uuid: UUID
 
     @property
     def name(self) -> str:
@@ -52,6 +54,11 @@ class CheckpointChain:
         """The one before `checkpoint`."""
         index = self._checkpoints.index(checkpoint)
         return self._checkpoints[index - 1] if index else None
+
+    def first_inconsistent(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """The first from `checkpoint` on with useless bits: nobody knows what changed since."""
+        index = self._checkpoints.index(checkpoint)
+        return next((found for found in self._checkpoints[index:] if found.bitmap.inconsistent), None)
 
     def append(self, checkpoint: Checkpoint) -> None:
         """`checkpoint` is the newest."""

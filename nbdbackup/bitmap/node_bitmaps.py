@@ -100,9 +100,9 @@ class NodeBitmaps:
             raise UsageError(f"Bitmap name has characters that cannot be shown: {name!r}")
 
     def add(self, bitmap: DirtyBitmap) -> None:
-        """Add `bitmap`, for whose name `check_new` found nothing."""
+        """Add `bitmap`, for whose name `check_new` found nothing; if inconsistent, of any size."""
         assert bitmap.name not in self._bitmaps
-        assert bitmap.size == self.size
+        assert bitmap.size == self.size or bitmap.inconsistent
         self._bitmaps[bitmap.name] = bitmap
 
     def remove(self, bitmap: DirtyBitmap) -> None:

@@ -1,7 +1,7 @@
 """`nbdbackup bitmap add|list|remove|clear|enable|disable|merge`."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,11 @@ ACTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class ChangeOptions:
-    """What a verb that changes one bitmap was told: a QMP command and its arguments."""
+    """What a verb that changes one bitmap was told: a QMP command and its arguments; `nodes` are in them."""
 
     control: Path
     json: bool
-    node: str
+    nodes: Sequence[str]
     command: str
     arguments: Mapping[str, object]
 
@@ -120,7 +120,8 @@ def run_merge(namespace: argparse.Namespace) -> int:
     """`bitmap merge`."""
     sources = [_source(text) for text in namespace.sources]
     arguments = {"node": namespace.node, "target": namespace.target, "bitmaps": sources}
-    return _run(namespace, "block-dirty-bitmap-merge", arguments)
+    others = [source["node"] for source in sources if isinstance(source, dict)]
+    return _run(namespace, "block-dirty-bitmap-merge", arguments, others)
 
 
 def run_list(namespace: argparse.Namespace) -> int:
@@ -134,9 +135,14 @@ def _source(text: str) -> str | dict[str, str]:
     return {"node": node, "name": name} if colon else text
 
 
-def _run(namespace: argparse.Namespace, command: str, arguments: Mapping[str, object]) -> int:
-    control = control_path(namespace.control)
-    return run_async(_change(ChangeOptions(control, namespace.json, namespace.node, command, arguments)))
+def _run(
+    namespace: argparse.Namespace,
+    command: str,
+    arguments: Mapping[str, object],
+    other_nodes: Sequence[str] = (),
+) -> int:
+    control, nodes = control_path(namespace.control), [namespace.node, *other_nodes]
+    return run_async(_change(ChangeOptions(control, namespace.json, nodes, command, arguments)))
 
 
 async def _change(options: ChangeOptions) -> int:
@@ -144,7 +150,7 @@ async def _change(options: ChangeOptions) -> int:
         try:
             answer = await control.execute(options.command, options.arguments)
         except CommandError as error:
-            raise await explained(error, control, nodes=[options.node]) from error
+            raise await explained(error, control, nodes=options.nodes) from error
     if options.json:
         print_json(answer)
     return ExitStatus.DONE

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackup.cli.control import CommandError, connected, explained, run_async
+from nbdbackup.cli.control import CommandError, check_node, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.output import print_json, print_table, say
 from nbdbackup.cli.parser import Parser, Verbs, add_control, control_path
@@ -17,7 +17,13 @@ At one instant of every NODE: take a snapshot NODE@NAME, begin to record in a ne
 changes from now on, and stop recording in the bitmap of the checkpoint before, PREVIOUS. The
 snapshot's qemu:dirty-bitmap:PREVIOUS is what changed from PREVIOUS to NAME; what changed since an
 older checkpoint is that and the bitmaps of all checkpoints in between. Prints the snapshots' URIs.
-The snapshots are dropped with 'snapshot drop' when they are backed up; the checkpoint stays."""
+The snapshots are dropped with 'snapshot drop' when they are backed up; the checkpoint stays, in
+the state directory, and outlives restarts and crashes of the server as persistent bitmaps do."""
+
+LIST_DESCRIPTION = """\
+List the checkpoints, the oldest of each node first. DIRTY is what changed from one to the next.
+A checkpoint is inconsistent if its bitmap or a later one is: then nobody knows what changed since,
+and the next backup of that node has to be full, with a new checkpoint."""
 
 DELETE_DESCRIPTION = """\
 Forget a checkpoint of the NODEs. What changed from it to the next one is then known to have changed
@@ -62,7 +68,7 @@ def add_parser(verbs: Verbs) -> None:
     add_create_arguments(making)
     making.set_defaults(run=run_create)
 
-    listing = actions.add_parser("list", help="list the checkpoints, the oldest of each node first")
+    listing = actions.add_parser("list", help="list the checkpoints", description=LIST_DESCRIPTION)
     listing.add_argument("node", nargs="?", metavar="NODE", help="default: of every node")
     add_control(listing)
     listing.set_defaults(run=run_list)
@@ -96,15 +102,24 @@ async def _list(options: ListOptions) -> int:
     async with connected(options.control) as control:
         answers = await control.query(command, list[dict[str, object]])
         if options.node is not None:
+            await check_node(control, options.node)
             answers = [answer for answer in answers if answer.get("node") == options.node]
         checkpoints = control.convert(command, answers, list[CheckpointInfo])
     if options.json:
         print_json(answers)
         return ExitStatus.DONE
     print_table(
-        ("NODE", "CHECKPOINT", "PARENT", "CREATED", "DIRTY"),
+        ("NODE", "CHECKPOINT", "UUID", "PARENT", "CREATED", "DIRTY", "STATE"),
         [
-            (found.node, found.name, found.parent or "-", found.created, format_size(found.dirty))
+            (
+                found.node,
+                found.name,
+                found.uuid,
+                found.parent or "-",
+                found.created,
+                format_size(found.dirty),
+                f"inconsistent ({found.reason}): back up in full" if found.inconsistent else "ok",
+            )
             for found in checkpoints
         ],
     )

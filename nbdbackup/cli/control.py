@@ -129,6 +129,13 @@ async def connected(path: Path) -> AsyncIterator[Control]:
             pass  # it went away by itself; whoever needed it was told so
 
 
+async def check_node(control: Control, name: str) -> None:
+    """Raises NotFoundError if the server has no node called `name`."""
+    nodes = await control.query("query-named-block-nodes", list[dict[str, object]])
+    if name not in [node.get("node-name") for node in nodes]:
+        raise NotFoundError(f"the server on {control.path} has no node '{name}' (see nbdbackup node list)")
+
+
 async def explained(
     error: CommandError,
     control: Control,

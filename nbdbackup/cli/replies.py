@@ -77,9 +77,12 @@ class CheckpointInfo(msgspec.Struct, frozen=True, rename="kebab"):
 
     node: str
     name: str
+    uuid: str = ""
     parent: str | None = None
     created: str = ""
     dirty: int = 0
+    inconsistent: bool = False
+    reason: str = msgspec.field(default="", name="x-nbdbackup-inconsistent-because")
 
 
 class NodeInfo(msgspec.Struct, frozen=True, rename="kebab"):

@@ -17,6 +17,7 @@ from nbdbackup.bitmap.node_bitmaps import (
 )
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node, drained
+from nbdbackup.daemon.chains import Chains
 from nbdbackup.daemon.graph import Entry, Graph
 from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
 from nbdbackup.daemon.transaction import Action
@@ -43,6 +44,7 @@ class Bitmaps:
         self.graph = graph
         self.exports = exports
         self.store = store
+        self.chains = Chains(store)
 
     def action(self, change: BitmapChange) -> Action:
         """The step of a transaction that makes `change`."""
@@ -99,13 +101,19 @@ class Bitmaps:
         """
         if self.store is None:
             return
-        stored = await self.store.load(entry.node)
+        files = await self.store.load(entry.node)
+        try:
+            stored = await self.chains.load(entry.node, files)
+        except BaseException:
+            for bitmap in files:
+                await self.store.release(entry.node, bitmap)
+            raise
         async with drained(entry.node):
-            for bitmap in stored:
-                self.insert(entry, bitmap)
-        for bitmap in stored:
-            if not bitmap.inconsistent:
-                self.offer(entry, bitmap)
+            for each in stored:
+                self.insert(entry, each)
+        for each in stored:
+            if not each.inconsistent:
+                self.offer(entry, each)
 
     async def release(self, entry: Entry) -> None:
         """The node goes: save its stored bitmaps. Nothing may be in flight on it any more."""
@@ -177,7 +185,8 @@ class AddBitmap(BitmapAction):
     def __init__(self, bitmaps: Bitmaps, request: BitmapAdd) -> None:
         super().__init__(bitmaps, request.node, request.name)
         self._request = request
-        self._made: DirtyBitmap | None = None
+        self.made: DirtyBitmap | None = None
+        """Known since `ready`."""
         self._is_added = False
 
     async def ready(self) -> None:
@@ -188,9 +197,9 @@ class AddBitmap(BitmapAction):
         granularity = default_granularity() if request.granularity is None else request.granularity
         check_granularity(granularity)
         if request.persistent:
-            self._made = await self._make_stored(entry, granularity)
+            self.made = await self._make_stored(entry, granularity)
         else:
-            self._made = DirtyBitmap(request.name, entry.node.size, granularity, enabled=request.enabled)
+            self.made = DirtyBitmap(request.name, entry.node.size, granularity, enabled=request.enabled)
 
     async def _make_stored(self, entry: Entry, granularity: int) -> StoredBitmap:
         store, request = self._bitmaps.store, self._request
@@ -201,12 +210,16 @@ class AddBitmap(BitmapAction):
         return await store.create(entry.node, request.name, granularity, enabled=request.enabled)
 
     def prepare(self) -> None:
-        assert self._made is not None
+        assert self.made is not None
         self.entry.bitmaps.check_new(self.name)
-        if isinstance(self._made, StoredBitmap) and self._bitmaps.store is not None:
-            self._bitmaps.store.publish(self._made)
-        self._bitmap = self._made
-        self._bitmaps.insert(self.entry, self._made)
+        self.publish()
+        self._bitmap = self.made
+        self._bitmaps.insert(self.entry, self.made)
+
+    def publish(self) -> None:
+        """Let its file, if it has one, be there for good. Raises what `BitmapStore.publish` does."""
+        if isinstance(self.made, StoredBitmap) and self._bitmaps.store is not None:
+            self._bitmaps.store.publish(self.made)
 
     def commit(self) -> None:
         self._bitmaps.offer(self.entry, self.bitmap)
@@ -216,12 +229,12 @@ class AddBitmap(BitmapAction):
         self._bitmaps.take_out(self.entry, self.bitmap)
 
     async def clean(self) -> None:
-        if not isinstance(self._made, StoredBitmap) or self._bitmaps.store is None:
+        if not isinstance(self.made, StoredBitmap) or self._bitmaps.store is None:
             return
         if self._is_added:
             await self._bitmaps.store.sync()
         else:
-            await self._bitmaps.store.remove(self._made)
+            await self._bitmaps.store.remove(self.made)
 
 
 class RemoveBitmap(BitmapAction):

@@ -77,6 +77,8 @@ class Exports:
 
     async def add(self, request: ExportRequest) -> None:
         """Offer a node."""
+        if not self._server.listeners:
+            raise ConflictError("NBD server not running")
         self._check_id(request.id)
         name = request.node if request.name is None else request.name
         entry = self._find_node(request.node)

@@ -15,6 +15,7 @@ from nbdbackup.daemon.nodes.table import Entry, NodeTable
 from nbdbackup.daemon.nodes.writers import check_point_in_time
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
+from nbdbackup.job.target import BACKUP_USER
 from nbdbackup.monitor.services_graph import (
     CopyBeforeWriteNode,
     NodeDefinition,
@@ -63,6 +64,8 @@ class Graph(NodeTable):
             raise ConflictError(f"Node {name} is in use: by {', '.join(exports)}")
         if entry.owner is not None:
             raise ConflictError(f"Node {name} is not owned by the monitor: it goes with '{entry.owner}'")
+        if BACKUP_USER in entry.users:
+            raise ConflictError(f"Node '{name}' is busy: block device is in use by block job: backup")
         users = [f"node '{parent.node.name}'" for parent, _ in self.parents(entry)] + entry.users
         # Bitmaps and a threshold go with their node; what uses a bitmap uses the node as well.
         if users or any(

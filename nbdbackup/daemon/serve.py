@@ -136,7 +136,10 @@ async def _run(
             announcer.subscribe(control.publish)
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
-                living = [tasks.create_task(kept.keep_alive()) for kept in (bitmaps, snapshots)]
+                living = [
+                    tasks.create_task(forever)
+                    for forever in (bitmaps.keep_alive(), snapshots.keep_alive(), snapshots.free_broken())
+                ]
                 status = await _serve_until(options, server, stop)
                 ending.begin()
                 notify("STOPPING=1")
@@ -158,6 +161,7 @@ async def _open_bitmaps(
     stack.callback(stored.close)
     await stored.open()
     bitmaps = Bitmaps(graph, exports, stored)
+    await bitmaps.chains.open()
     graph.watchers.append(bitmaps)
 
     async def release() -> None:

@@ -77,6 +77,7 @@ class Snapshots:
         self.names_being_made: set[str] = set()
         self._ending: dict[KeptSnapshot, bool] = {}
         """Whether each shall be kept in the store."""
+        self._broken: asyncio.Queue[KeptSnapshot] = asyncio.Queue()
 
     def list(self) -> Sequence[SnapshotInfo]:
         """Those that cannot be read, then every live snapshot, each the oldest first."""
@@ -205,11 +206,30 @@ class Snapshots:
         if self.store is not None:
             await self.store.keep_alive()
 
+    async def free_broken(self) -> None:
+        """Give the scratch of each snapshot back when it is broken and nobody is reading it; until cancelled.
+
+        It stays in the list, and its export goes on to fail with the cause, until it is dropped.
+        """
+        async with asyncio.TaskGroup() as freeing:
+            while True:
+                # One that somebody is still reading must not hold up the others.
+                freeing.create_task(self._free_scratch(await self._broken.get()))
+
+    async def _free_scratch(self, kept: KeptSnapshot) -> None:
+        try:
+            await kept.snapshot.free_scratch()
+            if self.store is not None and kept.stored is not None:
+                await self.store.free_scratch(kept.stored)
+        except OSError as error:
+            logger.warning("scratch of %s: %s", kept.snapshot.export_name, error.strerror or error)
+
     def offer(self, kept: "KeptSnapshot") -> None:
         """`kept` was taken: show it to clients, with the bitmaps as they were."""
         snapshot = kept.snapshot
         self.live[snapshot.export_name] = kept
         self.graph.announcer.watch(snapshot)
+        snapshot.filter.on_broken = lambda cause: self._broken.put_nowait(kept)
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self.server.exports

@@ -26,7 +26,10 @@ class StoredBitmaps:
     """The bitmaps in `directory`; with `power`, they outlive a loss of power."""
 
     def __init__(self, directory: Path, *, power: bool) -> None:
+        self.directory = directory
         self._executor = IoExecutor("bitmaps")
+        self.run = self._executor.run
+        """Runs functions that block, in threads."""
         self._store = BitmapStore(directory, self._executor.run, power=power)
 
     async def open(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,6 +103,20 @@ class StoredSnapshots:
                 error.strerror or error,
             )
         stored.close()
+
+    async def free_scratch(self, stored: StoredSnapshot) -> None:
+        """Give back what the scratch of a broken snapshot takes, once it is closed.
+
+        Raises:
+            OSError: it stays until the snapshot is dropped.
+        """
+        scratch_fd = stored.dup_scratch()
+        if scratch_fd is None:
+            return
+        try:
+            await self._executor.run(os.ftruncate, scratch_fd, 0)
+        finally:
+            os.close(scratch_fd)
 
     async def remove(self, stored: StoredSnapshot) -> None:
         """Remove the files of `stored`, which was withdrawn. A failure is logged: the next start will."""

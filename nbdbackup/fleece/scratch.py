@@ -76,6 +76,10 @@ class Scratch(FilterDevice):
         self._stored.clear(Extent(offset, length))
         self._look_at_level()
 
+    async def close(self) -> None:
+        await self.child.close()
+        self._stored.clear(Extent(0, self.size))
+
     def offload_fd(self) -> int | None:
         """None: what is stored must be counted."""
         return None

@@ -107,6 +107,7 @@ class SnapshotAccess(BlockDevice):
     async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
         # What was not worth saving, or was discarded, is not held any more.
         area = Extent(offset, length)
+        self._check_alive()
         held = self._copy.access.next_set(area)
         if held is None or held.offset >= area.end:
             return [ContextExtent(length, 0)]
@@ -116,12 +117,19 @@ class SnapshotAccess(BlockDevice):
         if saved:
             return [ContextExtent(run.length, 1)]
         with self._filter.frozen_reads.hold(run):
-            return await self._filter.child.is_allocated(run.offset, run.length)
+            found = await self._filter.child.is_allocated(run.offset, run.length)
+        self._check_alive()
+        return found
 
     async def trim(self, offset: int, length: int, fua: bool = False) -> None:
-        """Give up the whole clusters of the range: see the module's docstring."""
+        """Give up the whole clusters of the range: see the module's docstring.
+
+        A broken snapshot has nothing to give up: whoever owns it gives all scratch back.
+        """
         if self._dropped:
             raise SnapshotError(errno.EIO, f"{self} was dropped")
+        if self._filter.broken is not None:
+            return
         area = self._copy.discard(Extent(offset, length))
         if area.length:
             # A copy in flight would fill the space again; a write that waits for it goes on after.
@@ -151,12 +159,15 @@ class SnapshotAccess(BlockDevice):
         end = min(stop.offset, area.end) if stop is not None else area.end
         return Extent(area.offset, end - area.offset), saved
 
-    def _check_readable(self, area: Extent) -> None:
+    def _check_alive(self) -> None:
         if self._dropped:
             raise SnapshotError(errno.EIO, f"{self} was dropped")
         cause = self._filter.broken
         if cause is not None:
             raise SnapshotError(errno.EIO, f"{self} is broken: {cause.strerror or cause}")
+
+    def _check_readable(self, area: Extent) -> None:
+        self._check_alive()
         if area.length and not self._copy.access.all(area.offset, area.length):
             gap = self._copy.access.next_clear(area)
             assert gap is not None

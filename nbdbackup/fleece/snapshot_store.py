@@ -118,6 +118,10 @@ class StoredSnapshot:
         _remove_scratch(self.header)
         self.file.remove()
 
+    def dup_scratch(self) -> int | None:
+        """Another descriptor of the scratch, the caller's to close; None: it was closed."""
+        return os.dup(self._scratch_fd) if self._scratch_fd >= 0 else None
+
     def close(self) -> None:
         """Give up the files; the snapshot was dropped, and its scratch closed."""
         if self._scratch_fd >= 0:

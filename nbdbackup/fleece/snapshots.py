@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.node import Node, drained
+from nbdbackup.extents import Extent
 from nbdbackup.fleece.block_copy import BlockCopy
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdbackup.fleece.scratch import Scratch
@@ -94,10 +95,26 @@ class Snapshot:
             pass
         await self.close()
 
+    async def free_scratch(self) -> None:
+        """Give scratch back, as nobody will read it again: the snapshot is broken.
+
+        Waits for reads and copies that are under way. The view goes on to fail with the cause. What reads
+        `access` otherwise than through the view must have ended.
+        """
+        assert self.broken is not None
+        # No copy begins from now on, and none that fails is repeated.
+        self.block_copy.discard(Extent(0, self.block_copy.size))
+        async with drained(self.view):
+            await self._close_scratch()
+
     async def close(self) -> None:
         """Free what a snapshot holds that is not in place any more, or never was."""
-        await self.filter.wait_copies_ended()
+        await self._close_scratch()
         await self.block_copy.close()
+
+    async def _close_scratch(self) -> None:
+        await self.filter.wait_copies_ended()
+        await self.block_copy.in_flight.wait_no_conflict(Extent(0, self.block_copy.size))
         if not self._scratch_closed:
             self._scratch_closed = True
             await self.plan.scratch.close()

@@ -59,11 +59,15 @@ async def query_checkpoints(services: Services, arguments: NoArguments) -> Json:
 
 
 def _info(info: CheckpointInfo) -> dict[str, Json]:
-    return {
+    answer: dict[str, Json] = {
         "node": info.node,
         "name": info.name,
+        "uuid": info.uuid,
         "parent": info.parent,
         "created": info.created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "dirty": info.dirty,
         "granularity": info.granularity,
     }
+    if info.inconsistent:
+        answer |= {"inconsistent": True, "x-nbdbackup-inconsistent-because": info.inconsistent}
+    return answer

@@ -60,7 +60,8 @@ class CacheOptions(Arguments, frozen=True, kw_only=True):
 
 class NodeOptions(Arguments, frozen=True, kw_only=True):
     node_name: str | None = None
-    discard: DiscardOption = DiscardOption.IGNORE
+    discard: DiscardOption | None = None
+    """None: "ignore"; of a node described inside of another one, what that one says."""
     cache: CacheOptions | None = None
     read_only: bool = False
     auto_read_only: bool = False
@@ -204,15 +205,20 @@ def definition(options: BlockdevOptions) -> NodeDefinition:
         case RawOptions(file=file, offset=offset, size=size):
             _check_size("offset", offset)
             _check_size("size", size)
-            return RawNode(name, _ref(file), read_only, offset, size)
+            return RawNode(name, _ref(file, options.discard), read_only, offset, size)
         case CopyBeforeWriteOptions():
             return _copy_before_write(options, name)
         case SnapshotAccessOptions(file=file):
-            return SnapshotAccessNode(name, _ref(file), read_only, options.unmap)
+            return SnapshotAccessNode(name, _ref(file, options.discard), read_only, options.unmap)
 
 
-def _ref(ref: "BlockdevRef") -> NodeRef:
-    return ref if isinstance(ref, str) else definition(ref)
+def _ref(ref: "BlockdevRef", discard: DiscardOption | None) -> NodeRef:
+    """`ref` in a node with this `discard`, which passes on to a node made for it what it was told itself."""
+    if isinstance(ref, str):
+        return ref
+    if ref.discard is None:
+        ref = msgspec.structs.replace(ref, discard=discard)
+    return definition(ref)
 
 
 def _file(options: FileOptions | HostDeviceOptions, name: str) -> FileNode:
@@ -273,8 +279,9 @@ def _copy_before_write(options: CopyBeforeWriteOptions, name: str) -> CopyBefore
     bitmap = None if options.bitmap is None else BitmapRef(options.bitmap.node, options.bitmap.name)
     return CopyBeforeWriteNode(
         name,
-        _ref(options.file),
-        _ref(options.target),
+        _ref(options.file, options.discard),
+        # What was saved and is wanted no more goes back, whatever clients may do.
+        _ref(options.target, DiscardOption.UNMAP),
         bitmap,
         options.on_cbw_error,
         options.cbw_timeout,

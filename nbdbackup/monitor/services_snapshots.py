@@ -72,6 +72,7 @@ class CheckpointInfo:
 
     node: str
     name: str
+    uuid: str
     parent: str | None
     """The checkpoint before it; None: there is none."""
     created: datetime
@@ -79,6 +80,8 @@ class CheckpointInfo:
     dirty: int
     """Bytes that changed from this checkpoint to the next one, or to now, in whole granules."""
     granularity: int
+    inconsistent: str = ""
+    """Why nobody knows what changed since, so that the next backup has to be full; "": it is known."""
 
 
 class CheckpointService(Protocol):

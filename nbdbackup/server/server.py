@@ -71,7 +71,7 @@ class Server:
         # Changing while running.
         self._group: asyncio.TaskGroup | None = None
         self._clients: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stop_asked = asyncio.Event()
         self.last_client_left = asyncio.Event()
 
     @property
@@ -109,10 +109,11 @@ class Server:
         return [listener.uri(export, tls=tls) for listener in self.listeners]
 
     async def run(self) -> None:
-        """Accept and serve until `stop`; ends when the last client is gone."""
+        """Accept and serve until `stop`, then until the last client is gone. Listeners may come and go."""
         async with asyncio.TaskGroup() as self._group:
             for entrance in self._entrances:
                 self._open(entrance, self._group)
+            await self._stop_asked.wait()
 
     def add_listener(self, listener: Listener, clients_max: int, handshake_s: float | None) -> None:
         """Listen there as well, for at most `clients_max` clients at once (0: no limit of its own).
@@ -140,7 +141,7 @@ class Server:
 
     def stop(self) -> None:
         """Stop accepting; sessions finish what is in flight and end, negotiating clients are refused."""
-        self._stopping = True
+        self._stop_asked.set()
         for entrance in self._entrances:
             if entrance.accepting is not None:
                 entrance.accepting.cancel()
@@ -152,7 +153,7 @@ class Server:
         # Not in `stop`: the event loop must have let go of the socket first. Nor at the end of the task: one
         # that is cancelled before it has begun has no end.
         entrance.accepting.add_done_callback(lambda _: entrance.listener.close())
-        if self._stopping:
+        if self._stop_asked.is_set():
             entrance.accepting.cancel()
 
     async def _accept_for_ever(self, group: asyncio.TaskGroup, entrance: _Entrance) -> None:
@@ -211,7 +212,7 @@ class Server:
         negotiation = Handshake(sock, self.exports, self._tls, entrance.handshake_s)
         entrance.connections.add(negotiation)
         try:
-            if self._stopping or entrance not in self._entrances:
+            if self._stop_asked.is_set() or entrance not in self._entrances:
                 negotiation.shut_down()
             agreement = await negotiation.run()
         except ConnectionError:
@@ -226,7 +227,7 @@ class Server:
         logger.info("client %s uses export %s (%s)", peer, export.name, _describe_agreement(agreement))
         entrance.connections.add(session)
         try:
-            if self._stopping or entrance not in self._entrances:
+            if self._stop_asked.is_set() or entrance not in self._entrances:
                 session.shut_down()
             await session.run(agreement.leftover)
         finally:

@@ -213,7 +213,12 @@ def test_the_commands_say_what_they_did(server: Server) -> None:
     assert made["export"] == "disk@c1"
     (listed_checkpoint,) = json.loads(server.cli("checkpoint", "list", "disk", "--json").stdout)
     assert (listed_checkpoint["name"], listed_checkpoint["parent"]) == ("c1", None)
-    assert server.cli("checkpoint", "list").stdout.split()[5:8] == ["disk", "c1", "-"]
+    assert server.cli("checkpoint", "list").stdout.split()[7:11] == [
+        "disk",
+        "c1",
+        listed_checkpoint["uuid"],
+        "-",
+    ]
     assert json.loads(server.cli("checkpoint", "delete", "c1", "--json").stdout)[0]["node"] == "disk"
     again = server.cli("checkpoint", "delete", "disk", "c1")
     assert (again.stdout, again.stderr) == ("", "there was no checkpoint c1 of disk\n")
@@ -227,12 +232,16 @@ def test_the_commands_say_what_they_did(server: Server) -> None:
         ("bitmap add disk b0", 1, "Bitmap already exists: b0"),
         ("bitmap add disk b -g 1000", 1, "Granularity must be power of 2 and at least 512"),
         ("bitmap remove disk no", 1, "Dirty bitmap 'no' not found"),
-        ("bitmap merge disk b0 no:b0", 1, "Node 'no' not found"),
+        ("bitmap merge disk b0 no:b0", 10, "has no node 'no'; it has disk"),
+        ("bitmap merge disk no b0", 1, "Dirty bitmap 'no' not found"),
         ("bitmap merge disk b0", 2, "the following arguments are required: [NODE:]SOURCE"),
         ("snapshot create disk --bitmap no", 1, "Dirty bitmap 'no' not found"),
         ("checkpoint create no c", 10, "has no node 'no'"),
         ("checkpoint create disk b0", 1, "Bitmap already exists: b0"),
         ("checkpoint delete no c", 10, "has no node 'no'"),
+        ("checkpoint list no", 10, "has no node 'no'"),
+        ("backup no /nowhere/t --sync incremental --bitmap b0", 10, "has no node 'no'"),
+        ("backup disk /nowhere/t --sync incremental --bitmap no", 1, "no directory"),
     ],
 )
 def test_what_fails_is_told_in_one_line(server: Server, words: str, status: int, text: str) -> None:

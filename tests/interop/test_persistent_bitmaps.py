@@ -163,6 +163,49 @@ def test_removed_bitmap_does_not_come_back(serve: ServeFunction, disk: Path, sta
     assert dirty(restarted(serve, server)) == set()
 
 
+def checkpoints(server: Server) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(server.cli("checkpoint", "list", "--json").stdout)
+    return found
+
+
+def test_checkpoints_outlive_a_kill_with_their_uuids_and_what_changed_since(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    for number, name in enumerate(("c1", "c2")):
+        server.cli("checkpoint", "create", "disk", name)
+        write(server, number)
+    before = checkpoints(server)
+    server.kill()
+    server = restarted(serve, server)
+    assert checkpoints(server) == before
+    assert [(found["name"], found["parent"], found["dirty"]) for found in before] == [
+        ("c1", None, GRANULE),
+        ("c2", "c1", GRANULE),
+    ]
+    table = server.cli("checkpoint", "list").stdout.splitlines()
+    assert str(before[0]["uuid"]) in table[1]
+    assert table[2].endswith("  ok")
+    server.cli("checkpoint", "delete", "disk", "c2")
+    write(server, 9)
+    server.kill()
+    assert dirty(restarted(serve, server), "c1") == {0, 1, 9}
+
+
+def test_checkpoint_of_a_disk_changed_behind_the_servers_back_asks_for_a_full_backup(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    server.cli("checkpoint", "create", "disk", "c1")
+    server.stop()
+    with disk.open("r+b") as file:
+        file.write(b"somebody else")
+    again = restarted(serve, server)
+    assert "changed while no server recorded it): back up in full" in again.cli("checkpoint", "list").stdout
+    again.cli("checkpoint", "create", "disk", "c2")
+    assert [found.get("inconsistent") for found in checkpoints(again)] == [True, None]
+
+
 def test_disk_changed_behind_the_servers_back_makes_its_bitmap_inconsistent_and_says_why(
     serve: ServeFunction, disk: Path, state: Path
 ) -> None:
@@ -194,6 +237,22 @@ def test_copy_of_the_disk_under_its_name_is_another_disk(
     again = restarted(serve, server)
     assert bitmaps(again)["b0"]["inconsistent"] is True
     assert "the disk is another file" in again.log()
+
+
+def test_bitmap_of_a_disk_that_was_resized_is_inconsistent_and_can_be_removed(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    server.cli("bitmap", "add", "disk", "b0")
+    server.stop()
+    make_sparse(disk, SIZE + 2 * GRANULE)
+    again = restarted(serve, server)
+    assert f"the disk was {SIZE} bytes long" in str(bitmaps(again)["b0"])
+    write(again, SIZE // GRANULE + 1)
+    again.cli("bitmap", "remove", "disk", "b0")
+    again.cli("bitmap", "add", "disk", "b0")
+    write(again, SIZE // GRANULE)
+    assert dirty(again) == {SIZE // GRANULE}
 
 
 @pytest.mark.parametrize("damage", ["header", "version", "cut"])

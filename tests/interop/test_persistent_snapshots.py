@@ -13,7 +13,7 @@ import pytest
 from nbdbackup.fleece.snapshot_file import SnapshotFile
 from nbdbackup.fleece.snapshot_format import SnapshotFlags
 from tests.conftest import ServeFunction
-from tests.support.disks import MIB, make_disk
+from tests.support.disks import MIB, allocated_bytes, make_disk
 from tests.support.peers import require
 from tests.support.processes import run, wait_until
 from tests.support.raw_client import CMD_READ, CMD_WRITE, RawClient
@@ -257,6 +257,8 @@ def test_a_snapshot_that_broke_is_broken_after_a_kill(serve: ServeFunction, disk
     server.cli("snapshot", "create", "disk", "--name", "s1", "--scratch-max", "64K")
     write(server, 0, b"new" * CLUSTER)
     assert listed(server)["disk@s1"]["state"] == "broken"
+    (scratch,) = (state / "scratch").iterdir()
+    wait_until(lambda: allocated_bytes(scratch) == 0, "scratch is given back")
     server.kill()
     info = listed(restarted(serve, server))["disk@s1"]
     assert (info["state"], "is full" in str(info["cause"])) == ("broken", True)

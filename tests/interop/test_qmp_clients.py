@@ -199,10 +199,6 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Json]]] = [
     ("transaction", {"actions": [], "x": 1}),
     ("transaction", {"actions": [], "properties": 1}),
     ("transaction", {"actions": [], "properties": {"completion-mode": "x"}}),
-    (
-        "transaction",
-        {"actions": [{"type": "abort", "data": {}}], "properties": {"completion-mode": "grouped"}},
-    ),
 ]
 GARBAGE: list[bytes] = [
     b"garbage", b"GET / HTTP/1.1\r\nHost: x\r\n", b'{"a":1,}', b'{"a" 1}', b"{1:1}", b"[1 2]", b"[1,]",

@@ -13,7 +13,8 @@ BY_HAND: dict[str, Json] = {"auto-finalize": False, "auto-dismiss": False}
 
 async def disks(both: Both, size: int = MIB) -> None:
     """The node `disk` with data here and there, and the node `target` of the same size."""
-    await both.disk("disk", size, (0, size // 2, 1), (size // 2, 512, 2), (size - 512, 512, 3))
+    fill = (0, size // 2, 1), (size // 2, 512, 2), (size - 512, 512, 3)
+    await both.disk("disk", size, *fill, discard="unmap")
     await both.disk("target", size)
 
 

@@ -100,11 +100,6 @@ TOP_OF_RAW = Difference(
     ours="takes a raw file's holes for what is not in the top layer",
     why="it is the only layer that a raw file has, and a sparse disk is copied in the time its data takes",
 )
-ARRAY_ELEMENT = Difference(
-    qemu="calls an element of an array, if it has the wrong type, 'null'",
-    ours="calls it as it stands: 'bitmaps[1]'",
-    why="'null' is a mistake",
-)
 BITMAP_TWICE = Difference(
     qemu="exports a bitmap twice under one name if it is listed twice",
     ours="refuses it: the bitmap is in use",
@@ -120,4 +115,9 @@ ABORTED_ALWAYS = Difference(
     "would have copied is added to the bitmap",
     ours="leaves the bitmap as it was",
     why="an aborted transaction has changed nothing",
+)
+DISCARD_DURING_BACKUP = Difference(
+    qemu="ignores clients' discards while a node is backed up: its filter does not pass them on",
+    ours="saves what they touch, and discards",
+    why="the seed did so, and a disk goes on giving back space however long its backup takes",
 )

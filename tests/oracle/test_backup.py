@@ -12,7 +12,7 @@ from tests.oracle.script import script
 
 @pytest.mark.parametrize("write", ["0 64k", "32k 64k", "480k 64k", "0 1M", "1023k 1k", "100 700"])
 @pytest.mark.parametrize("kind", ["write -P 9", "write -z", "discard"])
-@script(pending="block-export-add")
+@script()
 async def test_client_writes_during_a_backup(both: Both, write: str, kind: str) -> None:
     if kind == "discard" and write == "100 700":
         kind = "write -z"
@@ -36,7 +36,7 @@ async def test_client_writes_during_a_backup(both: Both, write: str, kind: str) 
 
 @pytest.mark.parametrize("size", [512, 4097, 65536 - 512, 65537, 3 * 65536 + 100])
 @pytest.mark.parametrize("sync", ["full", "none"])
-@script(pending="block-export-add")
+@script()
 async def test_sizes(both: Both, size: int, sync: str) -> None:
     await both.disk("disk", size, (0, size, 1), (size - 1, 1, 2))
     await both.disk("target", size)
@@ -55,18 +55,32 @@ async def test_sizes(both: Both, size: int, sync: str) -> None:
     both.content("disk.img", size)
 
 
-@script(pending="block-export-add")
+@script()
 async def test_sync_none_saves_what_clients_overwrite(both: Both) -> None:
     await disks(both)
     await both.serve("disk")
     both.imprecise("j", PROGRESS)
     await start(both, sync="none")
     await both.wait("j", "running")
-    await both.io("disk", "write -P 7 10k 1k", "write -P 7 60k 8k", "discard 512k 128k", "write -z 1000k 24k")
+    await both.io("disk", "write -P 7 10k 1k", "write -P 7 60k 8k", "write -z 1000k 24k")
     await both.less(PROGRESS).run("query-jobs")
     await both.fail("job-complete", id="j")
     await cancel(both)
     both.content("target.img")
+
+
+@script()
+async def test_discard_during_a_backup(both: Both) -> None:
+    await disks(both)
+    await both.serve("disk")
+    before = both.content("disk.img")
+    await start(both, **BY_HAND, **HELD)
+    await both.wait("j", "running")
+    await both.io("disk", "discard 448k 128k")
+    both.content_differs("disk.img", differences.DISCARD_DURING_BACKUP)
+    await both.run("block-job-set-speed", device="j", speed=0)
+    await finish(both)
+    both.expect_content("target.img", before)
 
 
 @script()
@@ -103,7 +117,7 @@ async def test_what_backup_refuses(both: Both) -> None:
     await both.differing(differences.COMPRESS).fail("blockdev-backup", **backup, compress=True)
 
 
-@script(pending="block-export-add")
+@script()
 async def test_cancel_keeps_what_clients_wrote(both: Both) -> None:
     await disks(both)
     await both.serve("disk")
@@ -166,7 +180,7 @@ async def test_a_backup_of_a_backup_in_progress(both: Both) -> None:
     both.expect_content("other.img", both.content("disk.img"))
 
 
-@script(pending="block-export-add")
+@script()
 async def test_two_backups_of_one_disk_keep_their_own_instants(both: Both) -> None:
     await disks(both)
     await both.disk("other", MIB)
@@ -187,7 +201,7 @@ async def test_two_backups_of_one_disk_keep_their_own_instants(both: Both) -> No
     both.content("disk.img")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_cancelling_one_of_two_backups_leaves_the_other(both: Both) -> None:
     await disks(both)
     await both.disk("other", MIB)

@@ -56,7 +56,7 @@ async def _end(both: Both, outcome: str) -> None:
 
 @pytest.mark.parametrize(("sync", "mode"), COMBINATIONS)
 @pytest.mark.parametrize("outcome", ["finished", "cancelled before finalize", "failed in the middle"])
-@script(pending="bitmaps")
+@script()
 async def test_which_bits_are_left(both: Both, sync: str, mode: str, outcome: str) -> None:
     fails = outcome == "failed in the middle"
     if fails or outcome == "cancelled before finalize":

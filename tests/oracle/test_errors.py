@@ -37,7 +37,7 @@ async def faulty(both: Both, node: str, error: str, *operations: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("where", ["source", "target"])
-@script(pending="error policies")
+@script()
 async def test_error_policy(both: Both, policy: str, error: str, where: str) -> None:
     both.imprecise("j", PROGRESS)
     for node, operations in (("disk", ["pread"]), ("target", ["pwrite", "zero"])):
@@ -81,7 +81,7 @@ async def _stopped(both: Both) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "pause"])
-@script(pending="error policies")
+@script()
 async def test_a_job_stopped_by_an_error(both: Both, how: str) -> None:
     both.imprecise("j", PROGRESS)
     await both.disk("disk", MIB, (0, MIB, 1))
@@ -103,7 +103,7 @@ async def test_a_job_stopped_by_an_error(both: Both, how: str) -> None:
     await both.wait("j", "null")
 
 
-@script(pending="error policies")
+@script()
 async def test_a_client_write_that_cannot_be_saved_fails(both: Both) -> None:
     await both.disk("disk", MIB, (0, MIB, 1))
     await both.file("target.img", MIB)

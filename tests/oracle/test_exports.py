@@ -10,7 +10,7 @@ UNIX: dict[str, Json] = {"type": "unix", "data": {"path": "{dir}/nbd.sock"}}
 EXPORT: dict[str, Json] = {"type": "nbd", "id": "e", "node-name": "disk"}
 
 
-@script(pending="block-export-add")
+@script()
 async def test_the_server(both: Both) -> None:
     await disks(both)
     await both.fail("nbd-server-stop")
@@ -32,7 +32,7 @@ async def test_the_server(both: Both) -> None:
     await both.io("disk", "read 0 64k")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_life_of_an_export(both: Both) -> None:
     await disks(both)
     await both.start_nbd()
@@ -57,7 +57,7 @@ async def test_life_of_an_export(both: Both) -> None:
     await both.run("blockdev-del", node_name="disk")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_exports_that_are_refused(both: Both) -> None:
     await disks(both)
     await both.disk("frozen", MIB, read_only=True)
@@ -87,7 +87,7 @@ async def test_exports_that_are_refused(both: Both) -> None:
     await both.fail("block-export-del")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_what_an_export_says_to_its_clients(both: Both) -> None:
     await disks(both)
     await both.start_nbd()
@@ -97,7 +97,7 @@ async def test_what_an_export_says_to_its_clients(both: Both) -> None:
     await both.map("depth", "qemu:allocation-depth")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_exports_of_nodes_in_use_by_a_job(both: Both) -> None:
     await disks(both)
     await both.start_nbd()
@@ -111,7 +111,7 @@ async def test_exports_of_nodes_in_use_by_a_job(both: Both) -> None:
     await cancel(both)
 
 
-@script(pending="block-export-add")
+@script()
 async def test_a_writable_export_of_a_disk_that_is_being_backed_up(both: Both) -> None:
     await disks(both)
     await both.start_nbd()
@@ -120,7 +120,7 @@ async def test_a_writable_export_of_a_disk_that_is_being_backed_up(both: Both) -
     await both.part(differences.WRITABLE_LATE, "accepted", "block-export-add", **EXPORT, writable=True)
 
 
-@script(pending="block-export-add")
+@script()
 async def test_nodes(both: Both) -> None:
     await both.file("a.img", MIB)
     file: dict[str, Json] = {"driver": "file", "node-name": "a", "filename": "{dir}/a.img"}
@@ -137,7 +137,7 @@ async def test_nodes(both: Both) -> None:
     await both.fail("blockdev-del", node_name="a")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_removing_an_export_that_has_a_client(both: Both) -> None:
     await disks(both)
     await both.start_nbd()
@@ -152,7 +152,7 @@ async def test_removing_an_export_that_has_a_client(both: Both) -> None:
     await both.run("blockdev-del", node_name="disk")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_removing_an_export_whose_client_has_left(both: Both) -> None:
     await disks(both)
     await both.start_nbd()
@@ -165,7 +165,7 @@ async def test_removing_an_export_whose_client_has_left(both: Both) -> None:
     await both.wait_event("BLOCK_EXPORT_DELETED")
 
 
-@script(pending="block-export-add")
+@script()
 async def test_stopping_a_server_that_has_clients(both: Both) -> None:
     await disks(both)
     await both.start_nbd()

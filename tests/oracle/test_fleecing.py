@@ -55,7 +55,7 @@ async def unfleece(both: Both) -> None:
 READS = [f"read -P {byte:#x} {offset} {CLUSTER}" for byte, offset in PATTERNS]
 
 
-@script(pending="copy-before-write nodes")
+@script()
 async def test_the_view_stays_while_clients_overwrite(both: Both) -> None:
     await fleece(both)
     await both.io("view", *READS)
@@ -71,7 +71,7 @@ async def test_the_view_stays_while_clients_overwrite(both: Both) -> None:
     both.content("scratch.img")
 
 
-@script(pending="copy-before-write nodes")
+@script()
 async def test_backup_of_the_view(both: Both) -> None:
     await fleece(both)
     before = both.content("disk.img")
@@ -94,7 +94,7 @@ async def test_backup_of_the_view(both: Both) -> None:
     both.expect_content("target.img", before)
 
 
-@script(pending="copy-before-write nodes", reference=NewerQemuSide)
+@script(reference=NewerQemuSide)
 async def test_backup_that_gives_scratch_back(both: Both) -> None:
     await both.disk("disk", SIZE, (0, SIZE, 1))
     await both.disk("scratch", SIZE, discard="unmap")
@@ -113,7 +113,7 @@ async def test_backup_that_gives_scratch_back(both: Both) -> None:
     both.expect_content("scratch.img", bytes(SIZE))
 
 
-@script(pending="copy-before-write nodes")
+@script()
 async def test_a_bitmap_limits_what_is_saved(both: Both) -> None:
     await fleece(both, bitmap="b")
     await both.io("cbw", *OVERWRITES)
@@ -124,7 +124,7 @@ async def test_a_bitmap_limits_what_is_saved(both: Both) -> None:
 
 
 @pytest.mark.parametrize("policy", [None, "break-guest-write", "break-snapshot"])
-@script(pending="copy-before-write nodes")
+@script()
 async def test_a_scratch_that_fails(both: Both, policy: str | None) -> None:
     await both.disk("disk", MIB, (0, MIB, 1))
     await both.file("scratch.img", MIB)
@@ -147,7 +147,7 @@ async def test_a_scratch_that_fails(both: Both, policy: str | None) -> None:
     both.content("scratch.img")
 
 
-@script(pending="copy-before-write nodes", reference=NewerQemuSide)
+@script(reference=NewerQemuSide)
 async def test_a_scratch_that_is_slow(both: Both) -> None:
     await both.disk("disk", MIB, (0, MIB, 1))
     await both.file("scratch.img", MIB)
@@ -160,7 +160,7 @@ async def test_a_scratch_that_is_slow(both: Both) -> None:
     both.content("disk.img")
 
 
-@script(pending="copy-before-write nodes")
+@script()
 async def test_nodes_that_are_refused(both: Both) -> None:
     await both.disk("disk", MIB)
     await both.disk("scratch", MIB)
@@ -192,7 +192,7 @@ async def test_nodes_that_are_refused(both: Both) -> None:
         await both.either("blockdev-add", **{"node-name": "new", **options})
 
 
-@script(pending="copy-before-write nodes")
+@script()
 async def test_a_scratch_of_another_size(both: Both) -> None:
     await both.disk("disk", MIB)
     await both.disk("small", MIB // 2)

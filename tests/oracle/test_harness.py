@@ -74,6 +74,21 @@ async def test_an_excuse_without_need_is_seen(both: Both) -> None:
     await _differs(both, "no longer differs")
 
 
+async def test_a_pending_script_is_noticed_on_the_day_it_passes() -> None:
+    @script(pending="a feature")
+    async def passes(both: Both) -> None:
+        await both.run("query-jobs")
+
+    @script(pending="a feature")
+    async def differs(both: Both) -> None:
+        await both.run("query-version")
+
+    with pytest.raises(pytest.fail.Exception, match="take the word"):
+        await passes()
+    with pytest.raises(pytest.xfail.Exception, match="a feature"):
+        await differs()
+
+
 def _change(status: str) -> Event:
     data: Json = {"id": "j", "status": status}
     return {"event": "JOB_STATUS_CHANGE", "data": data}

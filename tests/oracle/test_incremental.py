@@ -22,7 +22,7 @@ async def _chain(both: Both, size: int, **bitmap: Json) -> None:
 
 
 @pytest.mark.parametrize("granularity", [512, 4 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, MIB])
-@script(pending="bitmaps")
+@script()
 async def test_incremental_onto_the_full_one(both: Both, granularity: int) -> None:
     await _chain(both, 2 * MIB, granularity=granularity)
     for byte, writes in (
@@ -48,7 +48,7 @@ async def test_incremental_onto_the_full_one(both: Both, granularity: int) -> No
 
 
 @pytest.mark.parametrize("size", [65537, 4097, 3 * CLUSTER - 512])
-@script(pending="bitmaps")
+@script()
 async def test_incremental_of_an_odd_size(both: Both, size: int) -> None:
     for job in ("full", "j"):
         both.imprecise(job, LENGTH, PROGRESS)
@@ -60,7 +60,7 @@ async def test_incremental_of_an_odd_size(both: Both, size: int) -> None:
     await both.bitmaps()
 
 
-@script(pending="bitmaps")
+@script()
 async def test_only_what_the_bitmap_says_is_copied(both: Both) -> None:
     await both.disk("disk", MIB, (0, MIB, 1))
     await both.disk("target", MIB, (0, MIB, 9))
@@ -77,7 +77,7 @@ async def test_only_what_the_bitmap_says_is_copied(both: Both) -> None:
     both.expect_content("target.img", bytes(expected))
 
 
-@script(pending="bitmaps")
+@script()
 async def test_a_failed_incremental_can_be_repeated(both: Both) -> None:
     both.imprecise("j", PROGRESS)
     await both.disk("disk", MIB, (0, MIB, 1))
@@ -99,7 +99,7 @@ async def test_a_failed_incremental_can_be_repeated(both: Both) -> None:
     both.content("target.img")
 
 
-@script(pending="bitmaps")
+@script()
 async def test_writes_while_an_incremental_is_paused(both: Both) -> None:
     both.imprecise("j", PROGRESS)
     await _chain(both, MIB)
@@ -117,7 +117,7 @@ async def test_writes_while_an_incremental_is_paused(both: Both) -> None:
     assert await both.bitmap("disk", "b") == [(256 * KIB, 512 * KIB)]
 
 
-@script(pending="bitmaps")
+@script()
 async def test_two_bitmaps_of_one_disk_go_their_own_ways(both: Both) -> None:
     await _chain(both, MIB)
     await both.run("block-dirty-bitmap-add", node="disk", name="c")
@@ -132,7 +132,7 @@ async def test_two_bitmaps_of_one_disk_go_their_own_ways(both: Both) -> None:
     assert await both.bitmap("disk", "b") == [(128 * KIB, 64 * KIB)]
 
 
-@script(pending="bitmaps")
+@script()
 async def test_none_with_a_bitmap_is_refused(both: Both) -> None:
     await _chain(both, MIB)
     backup: dict[str, Json] = {"device": "disk", "target": "target", "job-id": "j", "bitmap": "b"}

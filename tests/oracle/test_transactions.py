@@ -53,7 +53,7 @@ async def after(both: Both) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@script(pending="transactions")
+@script()
 async def test_two_backups_that_succeed(both: Both, mode: str | None) -> None:
     await pair(both, fails=False)
     await both.transaction(backup(0), backup(1), mode=mode)
@@ -63,7 +63,7 @@ async def test_two_backups_that_succeed(both: Both, mode: str | None) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@script(pending="transactions")
+@script()
 async def test_one_of_two_backups_fails(both: Both, mode: str | None) -> None:
     both.imprecise("j0", PROGRESS)
     both.imprecise("j1", PROGRESS)
@@ -82,7 +82,7 @@ async def test_one_of_two_backups_fails(both: Both, mode: str | None) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@script(pending="transactions")
+@script()
 async def test_one_of_two_backups_is_cancelled(both: Both, mode: str | None) -> None:
     both.imprecise("j0", PROGRESS)
     both.imprecise("j1", PROGRESS)
@@ -100,7 +100,7 @@ async def test_one_of_two_backups_is_cancelled(both: Both, mode: str | None) -> 
     await both.bitmaps()
 
 
-@script(pending="transactions")
+@script()
 async def test_a_job_with_nothing_to_do_waits_for_the_one_that_fails(both: Both) -> None:
     both.imprecise("j1", PROGRESS)
     await pair(both, fails=True)
@@ -113,7 +113,7 @@ async def test_a_job_with_nothing_to_do_waits_for_the_one_that_fails(both: Both)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@script(pending="transactions")
+@script()
 async def test_finalizing_one_of_a_group_finalizes_all(both: Both, which: int) -> None:
     await pair(both, fails=False)
     await both.transaction(backup(0, **BY_HAND), backup(1, **BY_HAND), mode="grouped")
@@ -128,7 +128,7 @@ async def test_finalizing_one_of_a_group_finalizes_all(both: Both, which: int) -
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@script(pending="transactions")
+@script()
 async def test_cancelling_one_of_a_pending_group_cancels_all(both: Both, which: int) -> None:
     await pair(both, fails=False)
     await both.transaction(backup(0, **BY_HAND), backup(1, **BY_HAND), mode="grouped")
@@ -145,7 +145,7 @@ async def test_cancelling_one_of_a_pending_group_cancels_all(both: Both, which: 
     await after(both)
 
 
-@script(pending="transactions")
+@script()
 async def test_a_group_of_which_only_one_is_finalized_by_hand(both: Both) -> None:
     await pair(both, fails=False)
     await both.transaction(backup(0), backup(1, **BY_HAND), mode="grouped")
@@ -195,7 +195,7 @@ CHANGES: dict[str, list[Action]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("aborts", [False, True], ids=["committed", "aborted"])
-@script(pending="transactions")
+@script()
 async def test_changes_of_bitmaps(both: Both, change: str, aborts: bool) -> None:
     await pair(both, fails=False)
     await both.run("block-dirty-bitmap-add", node="disk0", name="c", disabled=True)
@@ -214,7 +214,7 @@ async def test_changes_of_bitmaps(both: Both, change: str, aborts: bool) -> None
     both.content("target0.img")
 
 
-@script(pending="transactions")
+@script()
 async def test_an_aborted_backup_that_always_synchronizes(both: Both) -> None:
     await pair(both, fails=False)
     always = backup(0, sync="full", **{"bitmap-mode": "always"})
@@ -242,7 +242,7 @@ REFUSED: dict[str, list[Action]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-@script(pending="transactions")
+@script()
 async def test_a_transaction_that_is_refused_changes_nothing(both: Both, what: str) -> None:
     await pair(both, fails=False)
     await both.run("block-dirty-bitmap-add", node="disk0", name="c", disabled=True)
@@ -269,7 +269,7 @@ async def test_malformed_transactions(both: Both) -> None:
     await both.run("transaction", actions=[], properties={})
 
 
-@script(pending="transactions", reference=NewerQemuSide)
+@script(reference=NewerQemuSide)
 async def test_grouped_completion_is_for_jobs_alone(both: Both) -> None:
     await pair(both, fails=False)
     await both.transaction(bitmap("clear"), mode="grouped", fails=True)
@@ -279,7 +279,7 @@ async def test_grouped_completion_is_for_jobs_alone(both: Both) -> None:
     await both.run("query-jobs")
 
 
-@script(pending="transactions")
+@script()
 async def test_bitmap_and_point_in_time_are_one_instant(both: Both) -> None:
     await pair(both, fails=False)
     before = both.content("disk0.img")

@@ -24,6 +24,7 @@ from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.snapshots import Snapshots
+from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.server.exports import Export, ExportTable
@@ -74,18 +75,24 @@ class Daemon:
 
 
 @asynccontextmanager
-async def composed(directory: Path, remote: RemoteOptions | None = None) -> AsyncIterator[Daemon]:
+async def composed(
+    directory: Path, remote: RemoteOptions | None = None, *, stored: StoredBitmaps | None = None
+) -> AsyncIterator[Daemon]:
     """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does.
 
-    `remote`: of its targets.
+    `remote`: of its targets. `stored`: keeps persistent bitmaps.
     """
     scratch = directory / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     exports = ExportTable()
     announcer, announced = Announcer(), list[Event]()
     announcer.subscribe(announced.append)
     graph = Graph(exports, announcer)
-    bitmaps = Bitmaps(graph, exports)
+    bitmaps = Bitmaps(graph, exports, stored)
+    graph.watchers.append(bitmaps)
+    if stored is not None:
+        await stored.open()
+        await bitmaps.chains.open()
     server = Server(exports, [listen_tcp("127.0.0.1", 0)])
     snapshots = Snapshots(graph, server, scratch)
     checkpoints = Checkpoints(bitmaps, snapshots)
@@ -94,6 +101,7 @@ async def composed(directory: Path, remote: RemoteOptions | None = None) -> Asyn
         backups = Backups(graph, jobs, scratch, remote or RemoteOptions(), list)
         try:
             serving = tasks.create_task(server.run())
+            freeing = tasks.create_task(snapshots.free_broken())
             yield Daemon(
                 scratch,
                 exports,
@@ -111,8 +119,13 @@ async def composed(directory: Path, remote: RemoteOptions | None = None) -> Asyn
             server.stop()
             await jobs.cancel_all()
             await serving
+            freeing.cancel()
             await snapshots.close()
+            for node in graph:
+                await bitmaps.release(graph.entry(node.name))
             await graph.close()
+            if stored is not None:
+                stored.close()
 
 
 class Leftovers:

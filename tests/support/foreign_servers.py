@@ -78,6 +78,27 @@ def qemu_storage_daemon(image: Path, *objects: str, words: Sequence[str] | None 
     return command
 
 
+def qemu_fleecing(image: Path, scratch: Path, words: Sequence[str]) -> MakeCommand:
+    """QEMU's daemon, which `words` run: the raw `image` is the export "disk", its view "disk@s1"."""
+    nodes = [
+        f"driver=file,node-name=file,discard=unmap,filename={image}",
+        f"driver=file,node-name=scratch,discard=unmap,filename={scratch}",
+        "driver=copy-before-write,node-name=cbw,discard=unmap,file=file,target=scratch",
+        "driver=snapshot-access,node-name=view,file=cbw",
+    ]
+    exports = [
+        "type=nbd,id=live,node-name=cbw,name=disk,writable=on",
+        "type=nbd,id=view,node-name=view,name=disk@s1",
+    ]
+
+    def command(path: Path) -> list[str]:
+        graph = [word for node in nodes for word in ("--blockdev", node)]
+        offers = [word for export in exports for word in ("--export", export)]
+        return [*words, *graph, "--nbd-server", f"addr.type=unix,addr.path={path}", *offers]
+
+    return command
+
+
 def own_server(image: Path, *arguments: str) -> MakeCommand:
     """Our own server of `image`, as the export "disk"."""
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 from nbdbackup.block.device import BlockDevice, ReadableBuffer, WritableBuffer
 from nbdbackup.block.filter import FilterDevice
-from nbdbackup.extents import StatusExtent
+from nbdbackup.extents import ContextExtent, StatusExtent
 
-KINDS = frozenset({"read", "write", "write_zeroes", "trim", "flush", "cache", "block_status"})
+KINDS = frozenset({"read", "write", "write_zeroes", "trim", "flush", "cache", "block_status", "is_allocated"})
 WAIT_S = 10.0
 CANCELLED_WAIT_S = 2.0
 _SETTLE_ROUNDS = 50
@@ -149,6 +149,11 @@ class GatedDevice(FilterDevice):
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         async with self._gate("block_status", offset, length):
             return await self.child.block_status(offset, length)
+        raise AssertionError("the gate lets through or raises")
+
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        async with self._gate("is_allocated", offset, length):
+            return await self.child.is_allocated(offset, length)
         raise AssertionError("the gate lets through or raises")
 
     def read_nowait(self, offset: int, buffer: WritableBuffer) -> bool:

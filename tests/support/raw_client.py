@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from tests.support.server import Server
 
@@ -55,15 +55,26 @@ class Chunk:
     kind: int | None = None
 
 
+class Listening(Protocol):
+    """Whoever has a Unix socket to connect to."""
+
+    @property
+    def socket_path(self) -> Path | None:
+        """Where it listens; None: by TCP alone."""
+
+
 class RawClient:
     """One connection; a context manager that closes it."""
 
-    def __init__(self, server: Server, transport: str = "unix", timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, server: Server | Listening, transport: str = "unix", timeout_s: float = TIMEOUT_S
+    ) -> None:
         if transport == "unix":
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(timeout_s)
             self.socket.connect(str(server.socket_path))
         else:
+            assert isinstance(server, Server)
             self.socket = socket.create_connection(("127.0.0.1", server.port or 0), timeout_s)
 
     def __enter__(self) -> Self:

@@ -328,6 +328,22 @@ async def test_offload_stays_inside_the_device_and_the_chunk(
     assert files.target_path.read_bytes() == files.content
 
 
+async def test_offload_does_not_copy_a_saved_cluster_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect a as it was: a client's write to more clusters offloaded one that had changed meanwhile."""
+    cluster, size = 4096, 10 * 4096 + 77
+    files = Files(tmp_path / "source", tmp_path / "target", size, monkeypatch)
+    copy = BlockCopy(files.source, files.target, cluster)
+    await copy.copy(Extent(2 * cluster, cluster))
+    await files.source.write(2 * cluster, b"newer")
+    await copy.copy(Extent(0, size))
+    assert sum(count for _, count in files.calls) == size
+    await copy.close()
+    await files.close()
+    assert files.target_path.read_bytes() == files.content
+
+
 async def test_offload_goes_on_where_the_kernel_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,10 +131,11 @@ async def test_checkpoints(path: Path) -> None:
         arguments: dict[str, Json] = {"nodes": ["a"], "name": "c2", "scratch": "/s", "cbw-timeout": 2}
         assert "a@c2" in str(await client.execute("x-nbdbackup-checkpoint-create", arguments))
         assert control.snapshots.taken == [(["a"], SnapshotOptions("c2", "/s", cbw_timeout_s=2))]
-        control.checkpoints.infos.append(CheckpointInfo("a", "c2", "c1", CREATED, 65536, 65536))
+        control.checkpoints.infos.append(CheckpointInfo("a", "c2", "u2", "c1", CREATED, 65536, 65536))
         shown: dict[str, Json] = {
             "node": "a",
             "name": "c2",
+            "uuid": "u2",
             "parent": "c1",
             "created": "2026-11-23T03:04:05.000006Z",
             "dirty": 65536,

@@ -314,7 +314,7 @@ async def test_blockdev_add_describes_the_fleecing_set_up(path: Path) -> None:
                 CopyBeforeWriteNode(
                     "cbw",
                     "disk",
-                    RemoteNode("", InetAddress("h", "10809"), "x", unmap=False, reconnect_delay_s=3),
+                    RemoteNode("", InetAddress("h", "10809"), "x", unmap=True, reconnect_delay_s=3),
                     BitmapRef("disk", "b0"),
                     OnCbwError.BREAK_SNAPSHOT,
                     45,

@@ -1,5 +1,6 @@
 """The view of a point in time: its bytes or an error, never newer bytes."""
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator
 
@@ -42,12 +43,14 @@ async def test_the_quick_read_takes_one_piece_and_leaves_the_rest() -> None:
     assert taken.view.read_nowait(0, bytearray(0))
 
 
-async def test_a_read_under_way_when_the_snapshot_breaks_fails_with_the_cause() -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+async def test_a_read_under_way_when_the_snapshot_breaks_fails_with_the_cause(sparse: bool) -> None:
     """Defect j: QEMU 10 returns the newer bytes as success."""
     disk = Disk()
     taken = await disk.take()
     disk.source.kinds.add("read")
-    reading = start(taken.read(0, CLUSTER))
+    read = taken.view.read_sparse if sparse else taken.view.read
+    reading: asyncio.Task[object] = start(read(0, bytearray(CLUSTER)))
     frozen_read = await disk.source.wait_pending("read")
     taken.parts.faults.inject("write", errno.ENOSPC)
     disk.source.kinds.clear()
@@ -68,6 +71,21 @@ async def test_block_status_under_way_when_the_snapshot_breaks_fails() -> None:
     disk.source.release(op)
     with pytest.raises(SnapshotError, match="broken: cause"):
         await end(asking)
+
+
+async def test_what_the_top_layer_holds_is_not_told_of_a_snapshot_that_broke_meanwhile() -> None:
+    """A backup with sync=top would leave out what a client trimmed after the break, and succeed."""
+    disk = Disk()
+    taken = await disk.take()
+    disk.source.kinds.add("is_allocated")
+    asking = start(taken.view.is_allocated(0, SIZE))
+    op = await disk.source.wait_pending("is_allocated")
+    taken.snapshot.filter.break_snapshot(OSError(errno.EIO, "cause"))
+    disk.source.release(op)
+    with pytest.raises(SnapshotError, match="broken: cause"):
+        await end(asking)
+    with pytest.raises(SnapshotError, match="broken: cause"):
+        await taken.view.is_allocated(0, SIZE)
 
 
 async def test_a_client_write_waits_for_block_status_of_the_source() -> None:

@@ -1,6 +1,7 @@
 """Taking and dropping points in time of live nodes."""
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -184,3 +185,43 @@ async def test_nothing_is_left_of_a_dropped_snapshot_on_files(tmp_path: Path) ->
     for thread in _io_threads():
         thread.join(timeout=10)
     assert _io_threads() == []
+
+
+async def test_scratch_of_a_broken_snapshot_is_kept_while_a_read_of_it_is_under_way() -> None:
+    disk = Disk()
+    taken = await disk.take()
+    await disk.node.write(0, b"x" * 2 * CLUSTER)
+    taken.parts.gate.kinds.add("read")
+    reading = start(taken.read(0, CLUSTER))
+    op = await taken.parts.gate.wait_pending("read")
+    taken.snapshot.filter.break_snapshot(OSError(errno.EIO, "cause"))
+    freeing = start(taken.snapshot.free_scratch())
+    await settle()
+    assert taken.parts.scratch.bytes_used == 2 * CLUSTER
+    taken.parts.gate.release(op)
+    with pytest.raises(SnapshotError, match="broken: cause"):
+        await end(reading)
+    await end(freeing)
+    assert taken.parts.scratch.bytes_used == 0
+    with pytest.raises(SnapshotError, match="broken: cause"):
+        await taken.read(0, CLUSTER)
+    await end(start(taken.snapshot.drop()))
+
+
+async def test_scratch_of_a_broken_snapshot_is_kept_while_a_copy_into_it_is_under_way() -> None:
+    disk = Disk()
+    taken = await disk.take()
+    taken.parts.gate.kinds.add("write")
+    writing = start(disk.node.write(0, b"x" * 2 * CLUSTER))
+    op = await taken.parts.gate.wait_pending("write")
+    taken.snapshot.filter.break_snapshot(OSError(errno.EIO, "cause"))
+    freeing = start(taken.snapshot.free_scratch())
+    await settle()
+    assert not freeing.done()
+    taken.parts.gate.release(op)
+    await end(freeing)
+    taken.parts.gate.kinds.clear()
+    await end(writing)
+    assert disk.content.startswith(b"x" * 2 * CLUSTER)
+    assert taken.parts.scratch.bytes_used == 0
+    taken.assert_nothing_in_flight()

@@ -166,6 +166,8 @@ class NodeOpener:
         ref = definition.bitmap
         if ref is None:
             return None
+        if self._table.find(ref.node) is None:
+            raise NotFoundError(f"Node '{ref.node}' not found")
         found = self._table.find_bitmap(ref.node, ref.name)
         if found is None:
             raise NotFoundError(f"Dirty bitmap '{ref.name}' not found")
