@@ -11,6 +11,8 @@ from bitarray import bitarray
 from nbdbackup.bitmap.bits import clear_plane, set_plane
 from nbdbackup.extents import Extent
 
+_PIECE_CLUSTERS = 1 << 22
+
 
 class ClusterBitmap:
     """A bit per `cluster_bytes` of a device of `size` bytes."""
@@ -23,6 +25,29 @@ class ClusterBitmap:
         clusters = -(-size // cluster_bytes)
         self._bits: bitarray = set_plane(clusters) if all_set else clear_plane(clusters)
         self._count = clusters if all_set else 0
+
+    @classmethod
+    def over(cls, size: int, cluster_bytes: int, memory: memoryview) -> "ClusterBitmap":
+        """One whose bits are those in `memory`, and stay there: a byte for each eight clusters.
+
+        The bits past the last cluster must be clear.
+        """
+        bitmap = cls(0, cluster_bytes)
+        bitmap.size, bitmap._bits = size, bitarray(buffer=memory, endian="big")
+        bitmap._count = bitmap._bits.count(1)
+        return bitmap
+
+    def set_all(self) -> None:
+        """Set every cluster, in pieces: other threads run in between."""
+        for first in range(0, self.size, _PIECE_CLUSTERS * self.cluster_bytes):
+            self.set(Extent(first, min(_PIECE_CLUSTERS * self.cluster_bytes, self.size - first)))
+
+    def minus(self, other: "ClusterBitmap") -> "ClusterBitmap":
+        """A new one, in memory: what is set here and not in `other`, which is of the same device."""
+        result = self.copy()
+        result._bits &= ~other._bits
+        result._count = result._bits.count(1)
+        return result
 
     def copy(self) -> "ClusterBitmap":
         """Another one, with the same bits set now."""

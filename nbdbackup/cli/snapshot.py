@@ -26,7 +26,9 @@ CREATE_DESCRIPTION = """\
 Keep the present contents of every NODE readable, as the read-only export NODE@NAME of the
 same server. Several nodes share one instant. Clients go on writing: before a write lands,
 the old contents of the clusters (64K) that it touches are copied to scratch. Prints the
-URIs of the new exports. Snapshots end with 'drop', and with the server."""
+URIs of the new exports. A snapshot ends with 'drop'. Until then it is there again after the server
+was stopped or killed, unless somebody else wrote to the disk meanwhile; --temporary ones end with the
+server. After the machine went down without the server's being stopped, it is listed as broken."""
 
 HOOKS = """\
 hooks: --pre-hook runs before the point in time (fsfreeze -f, say; if it fails there is no
@@ -50,6 +52,7 @@ class CreateOptions:
     pre_hook: str | None
     post_hook: str | None
     bitmap: str | None
+    temporary: bool
 
     def arguments(self) -> dict[str, object]:
         """Those of `x-nbdbackup-snapshot-create`, and of `x-nbdbackup-checkpoint-create`."""
@@ -66,6 +69,8 @@ class CreateOptions:
             arguments["scratch-max"] = self.scratch_bytes_max
         if self.bitmap is not None:
             arguments["bitmap"] = self.bitmap
+        if self.temporary:
+            arguments["temporary"] = True
         return arguments
 
 
@@ -135,6 +140,9 @@ def add_create_arguments(parser: Parser) -> None:
         metavar="SIZE",
         help="at most so many bytes of scratch, then --on-cbw-error",
     )
+    parser.add_argument(
+        "--temporary", action="store_true", help="the snapshot ends with the server; its scratch has no name"
+    )
     add_on_cbw_error(parser, "snapshot")
     parser.add_argument(
         "--cbw-timeout",
@@ -162,6 +170,7 @@ def create_options(namespace: argparse.Namespace) -> CreateOptions:
         pre_hook=namespace.pre_hook,
         post_hook=namespace.post_hook,
         bitmap=namespace.bitmap,
+        temporary=namespace.temporary,
     )
 
 

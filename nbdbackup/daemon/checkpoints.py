@@ -42,6 +42,7 @@ class Checkpoints:
             taking = self._snapshots.actions(nodes, options)
             switching = [TakeCheckpoint(self._bitmaps, node, options.name) for node in nodes]
             await run_transaction([*taking, *switching, StoreChains(self._chains, made=switching)])
+        await self._snapshots.sync([action.snapshot for action in taking])
         return [self._snapshots.info(action.snapshot) for action in taking]
 
     async def delete(self, nodes: Sequence[str], name: str) -> Sequence[CheckpointInfo]:

@@ -25,6 +25,7 @@ from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
+from nbdbackup.daemon.stored_snapshots import StoredSnapshots
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
 from nbdbackup.daemon.transaction import Transactions
@@ -115,8 +116,7 @@ async def _run(
     stop = Stop(ending.begin)
     ending.server = server
     bitmaps = await _open_bitmaps(options, stack, state, graph, server.exports)
-    snapshots = Snapshots(graph, server, state.scratch)
-    stack.push_async_callback(snapshots.close)
+    snapshots = await _open_snapshots(stack, state, graph, server)
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
@@ -142,8 +142,10 @@ async def _run(
             announcer.subscribe(control.publish)
             with _signals(stop), _pid_file(options.pid_file):
                 serving = tasks.create_task(server.run())
-                living = tasks.create_task(bitmaps.keep_alive())
-                freeing = tasks.create_task(snapshots.free_broken())
+                living = [
+                    tasks.create_task(forever)
+                    for forever in (bitmaps.keep_alive(), snapshots.keep_alive(), snapshots.free_broken())
+                ]
                 status = await _serve_until(options, server, stop)
                 ending.begin()
                 notify("STOPPING=1")
@@ -152,8 +154,8 @@ async def _run(
                 server.stop()
                 await jobs.cancel_all()
                 await serving
-                living.cancel()
-                freeing.cancel()
+                for task in living:
+                    task.cancel()
     return status
 
 
@@ -166,7 +168,7 @@ async def _open_bitmaps(
     await stored.open()
     bitmaps = Bitmaps(graph, exports, stored)
     await bitmaps.chains.open()
-    graph.watcher = bitmaps
+    graph.watchers.append(bitmaps)
 
     async def release() -> None:
         for node in graph:
@@ -176,6 +178,21 @@ async def _open_bitmaps(
     for node in graph:
         await bitmaps.load(graph.entry(node.name))
     return bitmaps
+
+
+async def _open_snapshots(
+    stack: AsyncExitStack, state: StateDirectory, graph: Graph, server: Server
+) -> Snapshots:
+    """Those that outlived the last server, in place: no client was accepted yet. Kept when `stack` ends."""
+    stored = StoredSnapshots(state.snapshots)
+    stack.callback(stored.close)
+    await stored.open()
+    snapshots = Snapshots(graph, server, state.scratch, stored)
+    graph.watchers.append(snapshots)
+    stack.push_async_callback(snapshots.close)
+    for node in graph:
+        await snapshots.load(graph.entry(node.name))
+    return snapshots
 
 
 async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:

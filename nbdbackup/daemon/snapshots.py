@@ -3,11 +3,15 @@
 A snapshot's export shows every dirty bitmap of its node as it was at the instant. One of them can be
 frozen with it: its successor records from then on, and when the snapshot is dropped, either the frozen
 bits are dealt with (somebody pulled them) or the bitmap has both.
+
+A snapshot that is not temporary outlives the daemon (`stored`), without what its export shows of bitmaps: a
+bitmap that was frozen with it has both again.
 """
 
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +20,12 @@ from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze
 from nbdbackup.bitmap.node_bitmaps import check_changeable
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.graph import Entry, Graph
+from nbdbackup.daemon.stored_snapshots import StoredSnapshots, info_at_rest, plan_of
 from nbdbackup.daemon.transaction import Action, run_transaction
-from nbdbackup.errors import ConflictError, NotFoundError, UsageError
+from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT
 from nbdbackup.fleece.scratch import open_scratch
+from nbdbackup.fleece.snapshot_store import NewSnapshot, StoredSnapshot
 from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, make_snapshot
 from nbdbackup.monitor.services_snapshots import SnapshotInfo, SnapshotOptions
 from nbdbackup.nbd.constants import STRING_BYTES_MAX
@@ -39,6 +45,8 @@ class KeptSnapshot:
     snapshot: Snapshot
     frozen: list[DirtyBitmap] = field(default_factory=list)
     bitmap: DirtyBitmap | None = None
+    stored: StoredSnapshot | None = None
+    """None: it is temporary."""
 
     def release_bitmap(self, *, pulled: bool) -> None:
         """Let the bitmap go on: without the bits that were frozen if they were `pulled`, else with them."""
@@ -52,27 +60,48 @@ class KeptSnapshot:
 
 
 class Snapshots:
-    """The live snapshots; implements the monitor's `SnapshotService`."""
+    """The live snapshots, and those that nobody can read; implements the monitor's `SnapshotService`.
 
-    def __init__(self, graph: Graph, server: Server, scratch_directory: Path) -> None:
+    `store` keeps them when the daemon ends; None: all are temporary.
+    """
+
+    def __init__(
+        self, graph: Graph, server: Server, scratch_directory: Path, store: StoredSnapshots | None = None
+    ) -> None:
         self.graph = graph
         self.server = server
         self.scratch_directory = scratch_directory
+        self.store = store
         # Changing while running.
         self.live: dict[str, KeptSnapshot] = {}
         self.names_being_made: set[str] = set()
-        self._ending: set[Snapshot] = set()
-        self._broken: asyncio.Queue[Snapshot] = asyncio.Queue()
+        self._ending: dict[KeptSnapshot, bool] = {}
+        """Whether each shall be kept in the store."""
+        self._broken: asyncio.Queue[KeptSnapshot] = asyncio.Queue()
 
     def list(self) -> Sequence[SnapshotInfo]:
-        """Every live snapshot, the oldest first."""
-        return [self.info(kept) for kept in self.live.values()]
+        """Those that cannot be read, then every live snapshot, each the oldest first."""
+        at_rest = self.store.at_rest() if self.store is not None else ()
+        live = [self.info(kept) for kept in self.live.values()]
+        return [*map(info_at_rest, at_rest), *live]
 
     async def create(self, nodes: Sequence[str], options: SnapshotOptions) -> Sequence[SnapshotInfo]:
         """Take one instant of all `nodes`; all of them or none."""
         actions = self.actions(nodes, options)
         await run_transaction(actions)
+        await self.sync([action.snapshot for action in actions])
         return [self.info(action.snapshot) for action in actions]
+
+    async def sync(self, taken: Sequence[KeptSnapshot]) -> None:
+        """Whoever is told of `taken` now finds them in the list even after a loss of power, as broken."""
+        stored = [kept.stored for kept in taken if kept.stored is not None]
+        if self.store is None or not stored:
+            return
+        try:
+            await self.store.sync(stored)
+        except OSError as error:
+            # They are there, and clients may use them: taking them back would be worse.
+            logger.error("snapshots may be forgotten in a loss of power: %s", error.strerror or error)
 
     def actions(self, nodes: Sequence[str], options: SnapshotOptions) -> "Sequence[TakeSnapshot]":
         """The steps of a transaction that take a snapshot of each of `nodes`, under one name.
@@ -94,35 +123,88 @@ class Snapshots:
 
         `pulled`: what was dirty in the bitmap frozen with it is dealt with; else the bitmap has it again.
         """
-        for export_name in exports:
-            if export_name not in self.live:
+        at_rest = []
+        for export_name in dict.fromkeys(exports):
+            if export_name in self.live:
+                self._check_pulled(export_name, pulled=pulled)
+            elif self.store is not None and self.store.has_at_rest(export_name):
+                at_rest.append(export_name)
+            else:
                 raise NotFoundError(f"there is no snapshot {export_name}")
-            broken = self.live[export_name].snapshot.broken
-            if pulled and broken is not None:
-                raise ConflictError(
-                    f"snapshot {export_name} is broken ({broken.strerror or broken}), "
-                    "so nobody has all of it: drop it without --pulled"
-                )
-        ending = [self.live.pop(export_name) for export_name in dict.fromkeys(exports)]
+        ending = [self.live.pop(name) for name in dict.fromkeys(exports) if name in self.live]
         # No await before all are out of the list and the bitmaps are back: another drop must not find them
         # there, and one that is cut short must leave no bitmap frozen.
-        self._ending.update(kept.snapshot for kept in ending)
+        self._ending.update(dict.fromkeys(ending, False))
         for kept in ending:
-            name = kept.snapshot.export_name
+            if kept.stored is not None:
+                # Before the filter goes: from then on the source changes unseen.
+                kept.stored.withdraw()
             kept.release_bitmap(pulled=pulled)
-            self.server.exports.remove(name, f"snapshot {name} was dropped")
-        await self._end([kept.snapshot for kept in ending])
+            self._hide(kept, "was dropped")
+        await self._end(ending)
+        for export_name in at_rest:
+            assert self.store is not None
+            await self.store.remove_at_rest(export_name)
+
+    def _check_pulled(self, export_name: str, *, pulled: bool) -> None:
+        broken = self.live[export_name].snapshot.broken
+        if pulled and broken is not None:
+            raise ConflictError(
+                f"snapshot {export_name} is broken ({broken.strerror or broken}), "
+                "so nobody has all of it: drop it without --pulled"
+            )
+
+    def _hide(self, kept: KeptSnapshot, why: str) -> None:
+        name = kept.snapshot.export_name
+        self.server.exports.remove(name, f"snapshot {name} {why}")
+
+    async def load(self, entry: Entry) -> None:
+        """Put the node's stored snapshots in place, before anybody writes to it.
+
+        Raises:
+            NbdBackupError: a file cannot be used.
+        """
+        if self.store is None:
+            return
+        for stored, snapshot in await self.store.restore(entry.node):
+            self.offer(KeptSnapshot(snapshot, stored=stored))
+
+    async def release(self, entry: Entry) -> None:
+        """The node goes: keep its stored snapshots. Nothing may be in flight on it any more."""
+        await self._leave([kept for kept in self.live.values() if kept.snapshot.plan.node is entry.node])
 
     async def close(self) -> None:
-        """Drop all of them, and finish every drop that was cut short."""
-        await self.drop(tuple(self.live))
+        """Keep those that are stored, drop the others, and finish every drop that was cut short."""
+        await self._leave(tuple(self.live.values()))
         await self._end(tuple(self._ending))
 
-    async def _end(self, snapshots: Sequence[Snapshot]) -> None:
-        for snapshot in snapshots:
+    async def _leave(self, leaving: Sequence[KeptSnapshot]) -> None:
+        for kept in leaving:
+            del self.live[kept.snapshot.export_name]
+            self._ending[kept] = kept.stored is not None
+            kept.release_bitmap(pulled=False)
+            self._hide(kept, "goes with its node")
+        await self._end(leaving)
+
+    async def _end(self, ending: Sequence[KeptSnapshot]) -> None:
+        for kept in ending:
+            if kept not in self._ending:
+                continue
+            snapshot = kept.snapshot
             await snapshot.drop()
-            self._ending.discard(snapshot)
-            logger.info("snapshot %s dropped", snapshot.export_name)
+            if self.store is None or kept.stored is None:
+                logger.info("snapshot %s dropped", snapshot.export_name)
+            elif self._ending[kept]:
+                await self.store.release(snapshot.plan.node, kept.stored)
+            else:
+                await self.store.remove(kept.stored)
+                logger.info("snapshot %s dropped", snapshot.export_name)
+            self._ending.pop(kept, None)
+
+    async def keep_alive(self) -> None:
+        """What stored snapshots need to be done all the time; until cancelled."""
+        if self.store is not None:
+            await self.store.keep_alive()
 
     async def free_broken(self) -> None:
         """Give the scratch of each snapshot back when it is broken and nobody is reading it; until cancelled.
@@ -134,18 +216,20 @@ class Snapshots:
                 # One that somebody is still reading must not hold up the others.
                 freeing.create_task(self._free_scratch(await self._broken.get()))
 
-    async def _free_scratch(self, snapshot: Snapshot) -> None:
+    async def _free_scratch(self, kept: KeptSnapshot) -> None:
         try:
-            await snapshot.free_scratch()
+            await kept.snapshot.free_scratch()
+            if self.store is not None and kept.stored is not None:
+                await self.store.free_scratch(kept.stored)
         except OSError as error:
-            logger.warning("scratch of %s: %s", snapshot.export_name, error.strerror or error)
+            logger.warning("scratch of %s: %s", kept.snapshot.export_name, error.strerror or error)
 
     def offer(self, kept: "KeptSnapshot") -> None:
         """`kept` was taken: show it to clients, with the bitmaps as they were."""
         snapshot = kept.snapshot
         self.live[snapshot.export_name] = kept
         self.graph.announcer.watch(snapshot)
-        snapshot.filter.on_broken = lambda cause: self._broken.put_nowait(snapshot)
+        snapshot.filter.on_broken = lambda cause: self._broken.put_nowait(kept)
         logger.info("snapshot %s taken", snapshot.export_name)
         description = f"{snapshot.plan.node.name} as it was at {snapshot.created.isoformat('T', 'seconds')}"
         exports = self.server.exports
@@ -168,6 +252,10 @@ class Snapshots:
             raise UsageError(f"{export_name[:40]}... is too long for an export: choose a shorter --name")
         if export_name in self.live or export_name in self.names_being_made:
             raise ConflictError(f"snapshot {export_name} exists already: drop it, or choose another --name")
+        if self.store is not None and self.store.has_at_rest(export_name):
+            raise ConflictError(
+                f"snapshot {export_name} exists already (and is broken): drop it, or choose another --name"
+            )
         if export_name in self.server.exports:
             raise ConflictError(f"there is an export called {export_name} already: choose another --name")
 
@@ -187,6 +275,7 @@ class Snapshots:
             scratch_max=plan.scratch.bytes_max,
             cause=None if broken is None else (broken.strerror or str(broken)),
             bitmap=None if kept.bitmap is None else kept.bitmap.name,
+            persistent=kept.stored is not None,
         )
 
 
@@ -226,25 +315,60 @@ class TakeSnapshot(Action):
         self.check_free()
         self._has_name = True
         self._snapshots.names_being_made.add(self.export_name)
-        self._kept = KeptSnapshot(await self._make())
+        self._kept = await self._make()
         for bitmap in self._entry.bitmaps:
             freeze = self._freezes[bitmap] = Freeze(bitmap)
             for _ in freeze.pieces():
                 await asyncio.sleep(0)
 
-    async def _make(self) -> Snapshot:
+    async def _make(self) -> KeptSnapshot:
+        store = self._snapshots.store
+        if store is not None and not self._options.temporary and self._entry.node.size:
+            return await self._make_stored(store)
         node, options = self._entry.node, self._options
         title = f"scratch of {self.export_name}"
         scratch = open_scratch(
             self._place, node.size, CLUSTER_BYTES_DEFAULT, options.scratch_bytes_max, title
         )
         try:
-            return await make_snapshot(
-                SnapshotPlan(node, self._plan_name, scratch, options.on_cbw_error, options.cbw_timeout_s)
+            return KeptSnapshot(
+                await make_snapshot(
+                    SnapshotPlan(node, self._plan_name, scratch, options.on_cbw_error, options.cbw_timeout_s)
+                )
             )
         except BaseException:
             await scratch.close()
             raise
+
+    async def _make_stored(self, store: StoredSnapshots) -> KeptSnapshot:
+        node, options = self._entry.node, self._options
+        new = NewSnapshot(
+            node.name,
+            self._plan_name,
+            CLUSTER_BYTES_DEFAULT,
+            self._place,
+            options.scratch_bytes_max,
+            options.on_cbw_error.value,
+            options.cbw_timeout_s,
+        )
+        # What was begun in a thread is waited for and undone, also when the command is cancelled.
+        making = asyncio.ensure_future(store.create(node, new))
+        try:
+            stored = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            with suppress(NbdBackupError, OSError):
+                stored = await making
+                await stored.scratch.close()
+                await store.remove(stored)
+            raise
+        try:
+            snapshot = await make_snapshot(plan_of(node, stored))
+        except BaseException:
+            await stored.scratch.close()
+            await store.remove(stored)
+            raise
+        snapshot.filter.notes_of_breaking.append(stored.note_broken)
+        return KeptSnapshot(snapshot, stored=stored)
 
     def nodes(self) -> Sequence[Node]:
         return [self._entry.node]
@@ -260,13 +384,18 @@ class TakeSnapshot(Action):
         kept.frozen = [freeze.finish() for freeze in freezes]
         self._snapshots.graph.check_point_in_time(self._entry.node)
         kept.snapshot.insert()
+        if kept.stored is not None:
+            kept.stored.go_live(kept.snapshot.created)
         if bitmap is not None:
             bitmap.create_successor()
             kept.bitmap = bitmap
 
     def abort(self) -> None:
-        self.snapshot.release_bitmap(pulled=False)
-        self.snapshot.snapshot.take_out()
+        kept = self.snapshot
+        if kept.stored is not None:
+            kept.stored.withdraw()
+        kept.release_bitmap(pulled=False)
+        kept.snapshot.take_out()
 
     def commit(self) -> None:
         self._snapshots.offer(self.snapshot)
@@ -279,6 +408,8 @@ class TakeSnapshot(Action):
             self._snapshots.names_being_made.discard(self.export_name)
         if self._kept is not None and not self._is_committed:
             await self._kept.snapshot.close()
+            if self._kept.stored is not None and self._snapshots.store is not None:
+                await self._snapshots.store.remove(self._kept.stored)
 
 
 def _check_name(name: str) -> None:

@@ -5,6 +5,7 @@ version     of all that is in here; another version's is not touched
 bitmaps/    persistent bitmaps and the chain of checkpoints
 partials/   which partial files of backups were made
 scratch/    clusters that snapshots have saved
+snapshots/  what else is known of the snapshots that outlive the daemon
 """
 
 import errno
@@ -25,6 +26,7 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.scratch = path / "scratch"
+        self.snapshots = path / "snapshots"
         self.bitmaps = path / "bitmaps"
         self.partials = path / "partials"
         self._lock_fd = -1

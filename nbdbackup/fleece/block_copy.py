@@ -12,6 +12,14 @@ while a cluster is dirty nobody has changed it, so the answer holds however late
 Invariant 1: a cluster in `access` and not in `done` still holds, in the source, the
 bytes of the point in time. Whoever changes the source calls `copy` (or `copy_nowait`) first.
 
+With `done` and `access` in a file that outlives the process (`adopt`), invariant 1 outlives it too, killed
+between any two steps. The order proves it: the write to the target has returned, so the kernel has the
+bytes (`_transfer`, `_copy_cluster_nowait`); then `_finish` sets the done bit, in the mapping and so in the
+kernel's hands; then `copy` returns, and only then its caller's write is forwarded. Killed before the bit:
+the source still holds the bytes, and the cluster is copied again, the same bytes to the same place. Killed
+after it: the target holds them. `discard` clears the access bit before anybody frees the target's space.
+Nothing that has to survive is in `dirty` or `in_flight`: dirty is what is in access and not in done.
+
 Follows QEMU's block/block-copy.c; the terms are the same.
 """
 
@@ -90,6 +98,13 @@ class BlockCopy:
         assert clusters.size == self.size
         self.dirty = clusters
         self.access = clusters.copy()
+
+    def adopt(self, access: ClusterBitmap, done: ClusterBitmap) -> None:
+        """Use these maps, which become this object's: go on where they stand. Before anything was copied."""
+        assert access.cluster_bytes == done.cluster_bytes == self.cluster_bytes
+        assert access.size == done.size == self.size
+        self.access, self.done = access, done
+        self.dirty = access.minus(done)
 
     def want_more(self, area: Extent) -> None:
         """The clusters of cluster-aligned `area` are wanted too. Before anything was copied."""

@@ -50,7 +50,7 @@ class CopyBeforeWrite(FilterDevice):
     """Set once: `block_copy`, whose source is this filter's child; the policy; the timeout.
 
     `title` is what a person calls the point in time ("snapshot disk@s1"). `on_broken(cause)`
-    is called once, when it breaks.
+    is called once, when it breaks, before the write that broke it goes on.
     """
 
     def __init__(
@@ -73,6 +73,9 @@ class CopyBeforeWrite(FilterDevice):
         # Changing while running.
         self.frozen_reads = RequestList()
         self.broken: OSError | None = None
+        self.notes_of_breaking: list[Callable[[OSError], None]] = []
+        """Called with the cause before the write that breaks it is forwarded: whoever must know even after a
+        crash. Must not fail or wait."""
         self._late_copies: set[asyncio.Task[None]] = set()
 
     def relink(self, child: BlockDevice) -> None:
@@ -100,6 +103,8 @@ class CopyBeforeWrite(FilterDevice):
         """Stop saving clusters; reads of the point in time fail with `cause` from now on."""
         if self.broken is None:
             self.broken = cause
+            for note in self.notes_of_breaking:
+                note(cause)
             logger.error("%s is broken, client writes go on: %s", self.title, cause.strerror or cause)
             if self.on_broken is not None:
                 self.on_broken(cause)

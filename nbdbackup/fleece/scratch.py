@@ -1,12 +1,14 @@
 """Scratch: where saved clusters go, with a limit on how much.
 
-A sparse file as long as the source, each cluster at its own offset. In a directory the file
-has no name: it is gone with the last descriptor, so that no crash can leave one behind.
+A sparse file as long as the source, each cluster at its own offset. The file of a snapshot that is
+temporary has no name: it is gone with the last descriptor, so that no crash can leave one behind. That of
+one that outlives the server is named in its sidecar (`snapshot_store`), and is opened again from there.
 """
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
@@ -43,6 +45,11 @@ class Scratch(FilterDevice):
     def bytes_used(self) -> int:
         """Bytes of saved clusters that are held now; a short last cluster counts as whole."""
         return len(self._stored) * self.cluster_bytes
+
+    def count(self, stored: ClusterBitmap) -> None:
+        """`stored`, which become this object's, are in `child` already. Before it is used."""
+        assert stored.cluster_bytes == self.cluster_bytes
+        self._stored = stored
 
     def watch(self, on_filling: Callable[[int, int, int], None]) -> None:
         """Call `on_filling(bytes_used, threshold, bytes_max)` when 80 % of what may be stored are.
@@ -112,13 +119,38 @@ def open_scratch(place: Path, size: int, cluster_bytes: int, bytes_max: int | No
         ConflictError: the file exists already. NotFoundError: there is no such directory.
         DeviceError: the file cannot be made there.
     """
-    try:
+    with _explained(place):
         if place.is_dir():
             fd = _open_nameless(place)
         else:
-            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = _open_new(place)
             # The name only served to say where.
             place.unlink()
+    _set_size(fd, size, place)
+    device = FileDevice(fd, title, size)
+    return Scratch(device, cluster_bytes, bytes_max, title)
+
+
+def create_scratch_file(path: Path, size: int) -> int:
+    """Make the new file `path`, sparse, `size` bytes long; an open descriptor of it.
+
+    Raises:
+        As `open_scratch`; nothing is left of it.
+    """
+    with _explained(path):
+        fd = _open_new(path)
+    try:
+        _set_size(fd, size, path)
+    except BaseException:
+        path.unlink()
+        raise
+    return fd
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    try:
+        yield
     except FileExistsError:
         raise ConflictError(f"scratch file {place} exists already: name a new file or a directory") from None
     except FileNotFoundError:
@@ -127,6 +159,10 @@ def open_scratch(place: Path, size: int, cluster_bytes: int, bytes_max: int | No
         raise DeviceError(
             error.errno or errno.EIO, f"cannot make scratch in {place}: {error.strerror}"
         ) from error
+
+
+def _set_size(fd: int, size: int, place: Path) -> None:
+    """Make the file `fd` so long, or close it and raise DeviceError."""
     try:
         os.ftruncate(fd, size)
     except OSError as error:
@@ -135,8 +171,10 @@ def open_scratch(place: Path, size: int, cluster_bytes: int, bytes_max: int | No
             error.errno or errno.EIO,
             f"cannot make scratch of {size} bytes in {place}: {error.strerror}; name another directory",
         ) from error
-    device = FileDevice(fd, title, size)
-    return Scratch(device, cluster_bytes, bytes_max, title)
+
+
+def _open_new(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def _open_nameless(directory: Path) -> int:
@@ -147,6 +185,6 @@ def _open_nameless(directory: Path) -> int:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
             raise
     path = directory / f"{NAMED_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
-    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    fd = _open_new(path)
     path.unlink()
     return fd

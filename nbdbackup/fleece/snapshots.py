@@ -22,6 +22,7 @@ from nbdbackup.fleece.block_copy import BlockCopy
 from nbdbackup.fleece.copy_before_write import CopyBeforeWrite, OnCbwError
 from nbdbackup.fleece.scratch import Scratch
 from nbdbackup.fleece.snapshot_access import SnapshotAccess
+from nbdbackup.fleece.snapshot_file import SnapshotFile
 
 INLINE_CLUSTERS_MAX = 1 << 22
 """The maps of a disk with more clusters are made in a thread."""
@@ -36,6 +37,8 @@ class SnapshotPlan:
     scratch: Scratch
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout_s: float = 0
+    file: SnapshotFile | None = None
+    """Has the maps of a snapshot that outlives the server: as it was left, or as new."""
 
     @property
     def export_name(self) -> str:
@@ -143,7 +146,15 @@ async def take_snapshots(plans: Sequence[SnapshotPlan]) -> list[Snapshot]:
 def make_snapshot_now(plan: SnapshotPlan) -> Snapshot:
     """As `make_snapshot`, where nobody can wait."""
     below = plan.node.child
-    block_copy = BlockCopy(below, plan.scratch, plan.scratch.cluster_bytes, target_zeroed=True)
+    block_copy = BlockCopy(
+        below,
+        plan.scratch,
+        plan.scratch.cluster_bytes,
+        target_zeroed=True,
+        all_wanted=plan.file is None,
+    )
+    if plan.file is not None:
+        block_copy.adopt(plan.file.access(), plan.file.done())
     filter_ = CopyBeforeWrite(
         below,
         block_copy,

@@ -17,6 +17,7 @@ class CheckpointCreateArguments(Arguments, frozen=True, kw_only=True):
     scratch_max: int | None = None
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout: float = 0.0
+    temporary: bool = False
 
 
 class CheckpointDeleteArguments(Arguments, frozen=True, kw_only=True):
@@ -34,6 +35,7 @@ async def checkpoint_create(services: Services, arguments: CheckpointCreateArgum
         scratch_max=arguments.scratch_max,
         on_cbw_error=arguments.on_cbw_error,
         cbw_timeout=arguments.cbw_timeout,
+        temporary=arguments.temporary,
     )
     made = await services.checkpoints.create(arguments.nodes, snapshots.options())
     return [snapshot_info(info) for info in made]

@@ -17,6 +17,7 @@ class SnapshotCreateArguments(Arguments, frozen=True, kw_only=True):
     on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     cbw_timeout: float = 0.0
     bitmap: str | None = None
+    temporary: bool = False
 
     def options(self) -> SnapshotOptions:
         """How the snapshots are to be kept.
@@ -35,6 +36,7 @@ class SnapshotCreateArguments(Arguments, frozen=True, kw_only=True):
             on_cbw_error=self.on_cbw_error,
             cbw_timeout_s=self.cbw_timeout,
             bitmap=self.bitmap,
+            temporary=self.temporary,
         )
 
 
@@ -83,7 +85,7 @@ def snapshot_info(info: SnapshotInfo) -> dict[str, Json]:
         "name": info.name,
         "export": info.export,
         "uris": list(info.uris),
-        "created": info.created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "created": "" if info.created is None else info.created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "size": info.size,
         "cluster-size": info.cluster_size,
         "scratch-used": info.scratch_used,
@@ -91,4 +93,5 @@ def snapshot_info(info: SnapshotInfo) -> dict[str, Json]:
         "state": "ok" if info.cause is None else "broken",
         "cause": info.cause,
         "bitmap": info.bitmap,
+        "persistent": info.persistent,
     }

@@ -22,19 +22,21 @@ class SnapshotOptions:
     """0: no limit."""
     bitmap: str | None = None
     """A bitmap of each node that is frozen from that instant on, until the snapshot is dropped."""
+    temporary: bool = False
+    """It ends with the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """One live point in time. Sizes are bytes."""
+    """One point in time, live or broken. Sizes are bytes."""
 
     node: str
     name: str
     export: str
     """`NODE@NAME`."""
     uris: Sequence[str]
-    created: datetime
-    """UTC."""
+    created: datetime | None
+    """UTC; None: its file is damaged, and nobody knows, nor the sizes, which are 0."""
     size: int
     cluster_size: int
     scratch_used: int
@@ -43,6 +45,8 @@ class SnapshotInfo:
     """Why it is broken; None: it is not."""
     bitmap: str | None = None
     """The bitmap that is frozen with it, if any."""
+    persistent: bool = False
+    """Whether it outlives the server."""
 
 
 class SnapshotService(Protocol):
@@ -59,7 +63,7 @@ class SnapshotService(Protocol):
         """
 
     def list(self) -> Sequence[SnapshotInfo]:
-        """Every live snapshot."""
+        """Every snapshot."""
 
 
 @dataclass(frozen=True, slots=True)

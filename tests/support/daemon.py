@@ -89,7 +89,7 @@ async def composed(
     announcer.subscribe(announced.append)
     graph = Graph(exports, announcer)
     bitmaps = Bitmaps(graph, exports, stored)
-    graph.watcher = bitmaps
+    graph.watchers.append(bitmaps)
     if stored is not None:
         await stored.open()
         await bitmaps.chains.open()

@@ -97,3 +97,18 @@ def test_total_bytes_knows_how_short_the_last_cluster_is(size: int) -> None:
     assert clusters.total_bytes == 512
     clusters.set(Extent(3 * 512, size - 3 * 512))
     assert clusters.total_bytes == clusters.bytes_set(Extent(0, size)) == size - 2 * 512
+
+
+def test_a_map_over_memory_keeps_its_bits_there() -> None:
+    size, memory = 19 * CLUSTER - 1, bytearray(3)
+    first = ClusterBitmap.over(size, CLUSTER, memoryview(memory))
+    first.set_all()
+    assert (len(first), bytes(memory)) == (19, b"\xff\xff\xe0")
+    first.clear(Extent(2 * CLUSTER, CLUSTER))
+    again = ClusterBitmap.over(size, CLUSTER, memoryview(memory))
+    assert len(again) == 18
+    assert list(again.runs()) == list(first.runs())
+    rest = first.minus(again)
+    assert (len(rest), rest.next_set(Extent(0, size))) == (0, None)
+    again.clear(Extent(0, 2 * CLUSTER))
+    assert memory[0] == 0x1F

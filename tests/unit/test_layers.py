@@ -48,7 +48,7 @@ EXTRA_ROOMS = {
 """Single modules that may import more than their room."""
 
 THIRD_PARTY = {
-    "construct": {"nbd", "block.qcow2", "bitmap.file_format"},
+    "construct": {"nbd", "block.qcow2", "bitmap.file_format", "fleece.snapshot_format"},
     "bitarray": {"bitmap"},
     "msgspec": {"monitor", "job", "daemon", "cli"},
     "rich": {"cli"},

@@ -34,6 +34,7 @@ SNAPSHOT = {
     "state": "ok",
     "cause": None,
     "bitmap": None,
+    "persistent": False,
 }
 
 

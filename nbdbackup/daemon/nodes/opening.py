@@ -70,9 +70,9 @@ class NodeOpener:
                 case SnapshotAccessNode():
                     entry = await self._open_snapshot_access(definition, undo)
             entry.owner = owner
-            if self._table.watcher is not None:
-                undo.push_async_callback(self._table.take_out, entry)
-                await self._table.watcher.load(entry)
+            undo.push_async_callback(self._table.take_out, entry)
+            for watcher in self._table.watchers:
+                await watcher.load(entry)
             undo.pop_all()
         return entry
 

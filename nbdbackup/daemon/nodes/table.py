@@ -69,8 +69,8 @@ class NodeTable:
     """The nodes in the order they were made: each after its children."""
 
     def __init__(self, exports: ExportTable) -> None:
-        self.watcher: NodeWatcher | None = None
-        """Is told of nodes that come and go by command."""
+        self.watchers: list[NodeWatcher] = []
+        """Are told of nodes that come, and the last one first of those that go, by command."""
         self._exports = exports
         self._entries: dict[str, Entry] = {}
         self._names_made = 0
@@ -151,8 +151,8 @@ class NodeTable:
         if self.find(entry.node.name) is not entry:
             return
         entry.is_leaving = True
-        if self.watcher is not None:
-            await self.watcher.release(entry)
+        for watcher in reversed(self.watchers):
+            await watcher.release(entry)
         async with AsyncExitStack() as stack:
             for child in dict.fromkeys(child.entry for child in entry.children):
                 if child.owner == entry.node.name:

@@ -1,0 +1,446 @@
+"""SnapshotStore: the snapshots that outlive their server, a sidecar for each in one directory.
+
+    create    the sidecar, not LIVE; scratch; LIVE at the instant, while the node is drained
+    drop      not LIVE; the filter is taken out; scratch is removed; the sidecar is removed
+    stop      the filter is taken out; scratch and maps are synced; not IN_USE, with the source as it is then
+    breaking  the reason is in the sidecar before the write that was not saved is forwarded
+
+So whatever a crash interrupts, what is found is a whole snapshot, or one that is not LIVE: that is removed
+when the directory is opened. A snapshot is loaded for the node of its name. It is broken, with the reason and
+for good, if the machine went down while it was in use, or if its source or scratch is not what it was
+(`bitmap.identity` has what can be seen of that).
+
+A sidecar that cannot be understood is left as it is and listed with the reason; the others are served.
+"""
+
+import hashlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.file import failed, sync_directory
+from nbdbackup.bitmap.file_format import cut
+from nbdbackup.bitmap.identity import SourceIdentity
+from nbdbackup.bitmap.store import current_boot_id
+from nbdbackup.block.file import FileDevice
+from nbdbackup.extents import Extent
+from nbdbackup.fleece.scratch import Scratch, create_scratch_file
+from nbdbackup.fleece.snapshot_file import SnapshotFile
+from nbdbackup.fleece.snapshot_format import (
+    REASON_BYTES_MAX,
+    ScratchIdentity,
+    SnapshotFlags,
+    SnapshotHeader,
+    check_storable,
+)
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".snapshot"
+SCRATCH_SUFFIX = ".scratch"
+NAME_PART_BYTES_MAX = 80
+
+_WENT_DOWN = "the machine went down while the snapshot was in use, and nobody knows what had reached the disk"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotAtRest:
+    """A snapshot that nobody reads: of a node that is not there, broken, or with a damaged sidecar."""
+
+    path: Path
+    export_name: str
+    """`NODE@NAME`; of a damaged sidecar as its file's name says."""
+    cause: str = ""
+    """Why it cannot be served, "" if it can as soon as there is its node."""
+    header: SnapshotHeader | None = None
+    """None: damaged."""
+
+
+class StoredSnapshot:
+    """A snapshot in use, with its sidecar `file` and `scratch`; `scratch` is its user's to close."""
+
+    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int) -> None:
+        """`scratch_fd` is the same file's, and this object's to close."""
+        self.file = file
+        self.scratch = scratch
+        self._scratch_fd = scratch_fd
+
+    @property
+    def header(self) -> SnapshotHeader:
+        """As it is in the file."""
+        return self.file.header
+
+    def go_live(self, created: datetime) -> None:
+        """It was taken, at `created`: from now on it is found after a crash. Cannot fail."""
+        flags = self.header.flags | SnapshotFlags.LIVE
+        self.file.write_header(replace(self.header, created=created, flags=flags))
+
+    def withdraw(self) -> None:
+        """It is given up, or was not taken: from now on it is not found after a crash. Cannot fail."""
+        self.file.write_header(replace(self.header, flags=self.header.flags & ~SnapshotFlags.LIVE))
+
+    def note_broken(self, cause: OSError) -> None:
+        """It is broken, whatever happens from now on. Cannot fail."""
+        reason = cut(cause.strerror or str(cause), REASON_BYTES_MAX)
+        self.file.write_header(replace(self.header, broken=reason))
+
+    def save_clean(self, identity: SourceIdentity) -> None:
+        """Nobody uses it or its source, which is as `identity` says, any more; blocks as fsync(2) does.
+
+        Raises:
+            OSError: it cannot be put on disk; it counts as in use until the next boot.
+        """
+        os.fsync(self._scratch_fd)
+        self.file.sync()
+        header = replace(
+            self.header,
+            identity=identity,
+            scratch=_identity(self.header.scratch.path, os.fstat(self._scratch_fd)),
+            flags=self.header.flags & ~SnapshotFlags.IN_USE,
+            maps_checksum=self.file.maps_checksum(),
+        )
+        self.file.write_header(header, sync=True)
+
+    def remove(self) -> None:
+        """Remove scratch and sidecar, of a snapshot that was withdrawn.
+
+        Raises:
+            OSError: they cannot be removed; that is tried again when the directory is opened.
+        """
+        _remove_scratch(self.header)
+        self.file.remove()
+
+    def dup_scratch(self) -> int | None:
+        """Another descriptor of the scratch, the caller's to close; None: it was closed."""
+        return os.dup(self._scratch_fd) if self._scratch_fd >= 0 else None
+
+    def close(self) -> None:
+        """Give up the files; the snapshot was dropped, and its scratch closed."""
+        if self._scratch_fd >= 0:
+            os.close(self._scratch_fd)
+            self._scratch_fd = -1
+            self.file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class NewSnapshot:
+    """What a snapshot shall be; `place` is a directory for its scratch, or the new file."""
+
+    node: str
+    name: str
+    cluster_bytes: int
+    place: Path
+    scratch_bytes_max: int | None
+    on_cbw_error: str
+    cbw_timeout_s: float
+
+
+class SnapshotStore:
+    """The snapshots in `directory`, which this process alone uses. Every method blocks as file I/O does."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        boot_id: bytes | None = None,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.directory = directory
+        self._boot_id = current_boot_id() if boot_id is None else boot_id
+        self._now_ns = now_ns
+        # Changing while running.
+        self.at_rest: dict[str, SnapshotAtRest] = {}
+        """By the name of the export that each would be."""
+        self._in_use: set[StoredSnapshot] = set()
+
+    def open(self) -> None:
+        """Make the directory if need be, look at every sidecar in it, and remove what a crash left half done.
+
+        Raises:
+            DeviceError: the directory cannot be used.
+        """
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            paths = sorted(self.directory.iterdir())
+        except OSError as error:
+            raise failed(error, f"cannot use directory {self.directory} for snapshots") from error
+        for path in paths:
+            if path.suffix == SUFFIX:
+                self._note(path)
+
+    def _note(self, path: Path) -> None:
+        try:
+            file = SnapshotFile.open(path)
+        except OSError as error:
+            found = SnapshotAtRest(path, unquote(path.stem), error.strerror or str(error))
+        else:
+            file.close()
+            header = file.header
+            if SnapshotFlags.LIVE not in header.flags:
+                self._clear_away(path, header)
+                return
+            found = SnapshotAtRest(path, header.export_name, header.broken, header)
+        if self.at_rest.setdefault(found.export_name, found) is not found:
+            logger.error("%s is another snapshot %s: move one away", path, found.export_name)
+        elif found.cause:
+            logger.error("snapshot %s is broken: %s", found.export_name, found.cause)
+
+    def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
+        try:
+            _remove_scratch(header)
+            path.unlink()
+            logger.info("removed %s, which a crash had left half made or half dropped", path)
+        except OSError as error:
+            logger.error("cannot remove leftover %s: %s", path, error.strerror)
+
+    def create(self, new: NewSnapshot, identity: SourceIdentity) -> StoredSnapshot:
+        """Make what a snapshot needs; it is one when it goes live, and gone with the process until then.
+
+        Raises:
+            UsageError: a name cannot be stored. ConflictError, NotFoundError, DeviceError: a file cannot be
+            made; nothing is left.
+        """
+        own_id = uuid.uuid4()
+        stem = _stem(new.node, new.name)
+        place = Path(os.path.abspath(new.place))
+        scratch_path = place / f"{stem}.{own_id.hex}{SCRATCH_SUFFIX}" if place.is_dir() else place
+        check_storable(new.node, new.name, str(scratch_path))
+        header = SnapshotHeader(
+            own_id.bytes,
+            new.node,
+            new.name,
+            new.cluster_bytes,
+            identity,
+            ScratchIdentity(str(scratch_path)),
+            new.scratch_bytes_max,
+            new.on_cbw_error,
+            new.cbw_timeout_s,
+            SnapshotFlags.IN_USE,
+            boot_id=self._boot_id,
+            alive_ns=self._now_ns(),
+        )
+        file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
+        try:
+            fd = create_scratch_file(scratch_path, identity.size)
+        except BaseException:
+            file.remove()
+            file.close()
+            raise
+        file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
+        file.access().set_all()
+        snapshot = self._use(file, fd)
+        logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
+        return snapshot
+
+    def load(self, node: str, identity: SourceIdentity) -> list[StoredSnapshot]:
+        """The snapshots of `node`, whose source is as `identity` says, the oldest first, in use from now on.
+
+        Those that are broken stay at rest.
+
+        Raises:
+            DeviceError: a sidecar cannot be written; none of them is in use.
+        """
+        headers = [found.header for found in self.at_rest.values() if not found.cause]
+        wanted = [header for header in headers if header is not None and header.node == node]
+        loaded: list[StoredSnapshot] = []
+        try:
+            for header in sorted(wanted, key=lambda header: header.created):
+                snapshot = self._load(self.at_rest[header.export_name].path, identity)
+                if snapshot is not None:
+                    loaded.append(snapshot)
+        except OSError:
+            for snapshot in loaded:
+                with suppress(OSError):
+                    self.release(snapshot, identity)
+                snapshot.close()
+            raise
+        return loaded
+
+    def _load(self, path: Path, identity: SourceIdentity) -> StoredSnapshot | None:
+        file = SnapshotFile.open(path)
+        fd = -1
+        try:
+            header = file.header
+            reason = self._doubt(file, identity)
+            if not reason:
+                fd, reason = self._open_scratch(header)
+            if reason:
+                self._break(file, reason)
+                file.close()
+                return None
+            flags = header.flags | SnapshotFlags.IN_USE
+            header = replace(
+                header, identity=identity, flags=flags, boot_id=self._boot_id, alive_ns=self._now_ns()
+            )
+            # On disk before anybody writes to the source: what is there now would be believed.
+            file.write_header(header, sync=True)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            file.close()
+            raise failed(error, f"cannot use snapshot file {path}") from error
+        del self.at_rest[header.export_name]
+        snapshot = self._use(file, fd)
+        snapshot.scratch.count(_stored_clusters(fd, header))
+        return snapshot
+
+    def _use(self, file: SnapshotFile, fd: int) -> StoredSnapshot:
+        """Takes over `fd`."""
+        header = file.header
+        title = f"scratch of {header.export_name}"
+        device = FileDevice(os.dup(fd), title, header.identity.size)
+        scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
+        snapshot = StoredSnapshot(file, scratch, fd)
+        self._in_use.add(snapshot)
+        return snapshot
+
+    def _break(self, file: SnapshotFile, reason: str) -> None:
+        header = file.header
+        logger.error("snapshot %s is broken: %s", header.export_name, reason)
+        # For good: from now on the source changes and nobody saves for this snapshot what was there.
+        file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
+        found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
+        self.at_rest[header.export_name] = found
+
+    def _doubt(self, file: SnapshotFile, identity: SourceIdentity) -> str:
+        """Why source and maps may not be what they were; "" if they are."""
+        header = file.header
+        same_boot = header.boot_id == self._boot_id
+        if header.broken:
+            return header.broken
+        if SnapshotFlags.IN_USE in header.flags and not same_boot:
+            return _WENT_DOWN
+        if difference := header.identity.difference(identity, same_boot):
+            return difference
+        if SnapshotFlags.IN_USE in header.flags:
+            return header.identity.change_since_crash(identity, header.alive_ns)
+        if change := header.identity.change_since_stop(identity):
+            return change
+        return "" if header.maps_checksum == file.maps_checksum() else f"the maps in {file.path} were damaged"
+
+    def _open_scratch(self, header: SnapshotHeader) -> tuple[int, str]:
+        """The scratch, open, and ""; or -1 and why it cannot be used."""
+        expected = header.scratch
+        try:
+            fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            return -1, f"its scratch {expected.path} cannot be opened: {error.strerror}"
+        status = os.fstat(fd)
+        reason = ""
+        same_boot = header.boot_id == self._boot_id
+        if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
+            reason = f"its scratch {expected.path} is another file"
+        elif status.st_size != header.identity.size:
+            reason = (
+                f"its scratch {expected.path} was {header.identity.size} bytes long, and is {status.st_size}"
+            )
+        elif SnapshotFlags.IN_USE not in header.flags and (
+            (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
+        ):
+            reason = f"its scratch {expected.path} was changed while no server used it"
+        if reason:
+            os.close(fd)
+            return -1, reason
+        return fd, ""
+
+    def retire(self, snapshot: StoredSnapshot) -> None:
+        """`snapshot` is about to be released or removed: no sign of life of it any more. Never blocks."""
+        self._in_use.discard(snapshot)
+
+    def release(self, snapshot: StoredSnapshot, identity: SourceIdentity) -> None:
+        """The node of `snapshot` goes, with its source as `identity` says: save it, to be loaded again.
+
+        Raises:
+            OSError: it could not be saved. It is good as after a crash.
+        """
+        self.retire(snapshot)
+        snapshot.save_clean(identity)
+        header = snapshot.header
+        found = SnapshotAtRest(snapshot.file.path, header.export_name, header.broken, header)
+        self.at_rest[header.export_name] = found
+
+    def remove_at_rest(self, export_name: str) -> None:
+        """Remove a snapshot that nobody reads; of a damaged one the sidecar alone.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        found = self.at_rest[export_name]
+        if found.header is not None:
+            _remove_scratch(found.header)
+        with suppress(FileNotFoundError):
+            found.path.unlink()
+        del self.at_rest[export_name]
+
+    def sync_directory(self) -> None:
+        """What was made or removed before is so on disk."""
+        sync_directory(self.directory)
+
+    def give_sign_of_life(self) -> None:
+        """To be called every few seconds: how a later server tells our writes from those after our death."""
+        now_ns = self._now_ns()
+        for snapshot in tuple(self._in_use):
+            snapshot.file.write_sign_of_life(now_ns)
+
+
+def scratch_bytes_used(header: SnapshotHeader) -> int:
+    """What the scratch of a snapshot at rest takes."""
+    try:
+        return os.stat(header.scratch.path).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _stem(node: str, name: str) -> str:
+    """A file name that people recognise, and that no other snapshot has."""
+    quoted = [quote(part, safe=" ") for part in (node, name)]
+    if max(map(len, quoted)) <= NAME_PART_BYTES_MAX:
+        return "@".join(quoted)
+    digest = hashlib.sha256(f"{node}@{name}".encode()).hexdigest()[:16]
+    return "@".join(part[:60] for part in quoted) + f"~{digest}"
+
+
+def _identity(path: str, status: os.stat_result) -> ScratchIdentity:
+    return ScratchIdentity(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _remove_scratch(header: SnapshotHeader) -> None:
+    """Remove the scratch of `header`, if what has its name is surely that.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    path = Path(header.scratch.path)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    # Killed between making it and noting which one it is: nobody else makes files with this uuid.
+    is_named_ours = path.name.endswith(f".{header.uuid.hex()}{SCRATCH_SUFFIX}")
+    if status.st_ino == header.scratch.inode or is_named_ours:
+        path.unlink()
+    else:
+        logger.warning("%s may be scratch of snapshot %s: left as it is", path, header.export_name)
+
+
+def _stored_clusters(fd: int, header: SnapshotHeader) -> ClusterBitmap:
+    """The clusters that take room in the file."""
+    size, cluster = header.identity.size, header.cluster_bytes
+    stored = ClusterBitmap(size, cluster)
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError:
+            break
+        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        stored.set(Extent(start, position - start).aligned_out(cluster, size))
+    return stored
