@@ -58,7 +58,7 @@ class Surroundings:
     scratch_directory: Path
     remote: RemoteOptions
     own_uris: Callable[[], Sequence[str]]
-    make_target: Callable[[str, int], NewFileTarget]
+    make_target: Callable[[str, int], NewFileTarget] = NewFileTarget
 
 
 class Backups:

@@ -89,7 +89,7 @@ def test_bitmaps_of_a_node_that_is_not_served_are_kept_until_clean(
     server = serve(state_dir=state, disk=disk, other=other)
     listed = json.loads(server.cli("checkpoint", "list", "--json").stdout)
     assert [(found["node"], found["name"]) for found in listed] == [("disk", "c1")]
-    server.cli("checkpoint", "create", "other", "c1")
+    server.cli("checkpoint", "create", "other", "c2")
 
 
 def test_checkpoint_whose_bitmap_was_cleaned_away_does_not_vanish_from_its_chain(
