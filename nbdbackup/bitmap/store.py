@@ -24,7 +24,7 @@ from nbdbackup.bitmap.file import BitmapFile, failed, sync_directory
 from nbdbackup.bitmap.file_format import TEXT_BYTES_MAX, Header, HeaderFlags
 from nbdbackup.bitmap.identity import SourceIdentity
 from nbdbackup.bitmap.stored import StoredBitmap, Sync
-from nbdbackup.errors import ConflictError, UsageError
+from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 
 SUFFIX = ".bitmap"
 NEW_SUFFIX = ".new"
@@ -101,6 +101,27 @@ class BitmapStore:
     def nodes_at_rest(self) -> dict[str, list[str]]:
         """The names of bitmaps that are not loaded, by their nodes' names."""
         return {node: list(names) for node, names in self._at_rest.items()}
+
+    def at_rest(self) -> list[tuple[str, str, Path]]:
+        """Node, name and file of each bitmap that is not loaded."""
+        return [
+            (node, name, path)
+            for node, names in sorted(self._at_rest.items())
+            for name, path in sorted(names.items())
+        ]
+
+    def remove_at_rest(self, path: Path) -> str:
+        """Remove the file of a bitmap that is not loaded; its node. On disk after `sync_directory`.
+
+        Raises:
+            NotFoundError: it is not one any more. OSError: it cannot be removed.
+        """
+        for node, name, known in self.at_rest():
+            if known == path:
+                path.unlink(missing_ok=True)
+                del self._at_rest[node][name]
+                return node
+        raise NotFoundError(f"bitmap file {path} is in use, or gone")
 
     def create(
         self, node: str, name: str, granularity: int, identity: SourceIdentity, *, enabled: bool = True

@@ -27,6 +27,7 @@ from nbdbackup.errors import ConflictError
 
 USED_BASE = 100
 FORBIDDEN_BASE = 200
+COMMAND_LINE_CHARACTERS_MAX = 200
 
 # struct flock: l_type, l_whence, l_start, l_len, l_pid, padding
 _FLOCK = struct.Struct("@hhqqi0q")
@@ -102,7 +103,7 @@ def _conflict_message(fd: int, path: str, writable: bool) -> str:
         return f"{path} is already open in this server, and cannot be used twice at once: leave one out"
     who = "another process (another nbdbackup, or QEMU?)"
     if holder is not None:
-        who = f"{_process_name(holder)} (process {holder})"
+        who = f"{_process_name(holder)} (process {holder}{_command_line(holder)})"
     hint = ", or open the image read-only (--read-only)" if writable else ""
     return f"{path} is locked by {who}: stop that one first{hint}"
 
@@ -138,6 +139,21 @@ def _shows_lock(info: Path, file_id: str) -> bool:
     except OSError:
         return False
     return any("OFDLCK" in line and file_id in line.split() for line in text.splitlines())
+
+
+def _command_line(process: int) -> str:
+    """`: COMMAND LINE` of a process, cut short, if we may see it."""
+    content = _content(Path(f"/proc/{process}/cmdline"))
+    words = content.replace(b"\0", b" ").decode(errors="replace").strip()
+    line = "".join(char if char.isprintable() else "?" for char in words[:COMMAND_LINE_CHARACTERS_MAX])
+    return f": {line}{'...' if len(words) > len(line) else ''}" if line else ""
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _process_name(process: int) -> str:

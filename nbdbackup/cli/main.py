@@ -16,6 +16,7 @@ VERBS = (
     "bitmap",
     "backup",
     "job",
+    "state",
     "node",
     "info",
     "map",

@@ -7,239 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from nbdbackup import daemon
-from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.block.open import is_remote
 from nbdbackup.cli import logs
 from nbdbackup.cli.failures import guarded
 from nbdbackup.cli.fork import run_detached
 from nbdbackup.cli.parser import (
-    Parser,
     Verbs,
     absolute_place,
-    add_verbose,
-    argument_type,
     control_path,
-    count,
     is_control_given,
-    only,
-    seconds,
     state_directory,
 )
+from nbdbackup.cli.serve_arguments import DEFAULT_HOST, DEFAULT_PORT, add_serve
 from nbdbackup.daemon import InheritedSocket, ServeOptions, SourceSpec, TcpAddress, TlsOptions, UnixAddress
-from nbdbackup.daemon.options import STOP_TIMEOUT_S
 from nbdbackup.daemon.systemd import take_inherited_sockets
 from nbdbackup.errors import NbdBackupError, NotFoundError, UsageError
 from nbdbackup.nbd import uri as nbd_uri
-from nbdbackup.server.listener import parse_range
 
-DEFAULT_HOST = "127.0.0.1"
-DEFAULT_PORT = 10809
 NAME_BYTES_MAX = 255
 DESCRIPTION_BYTES_MAX = 4096
 SOCKET_PATH_BYTES_MAX = 107
 
-DESCRIPTION = """\
-Serve files, block devices and exports of other NBD servers over NBD, until stopped by SIGTERM
-or SIGINT.
-
-Client writes go to SOURCE itself. A local SOURCE is locked against other writers (another
-nbdbackup, QEMU, qemu-nbd); a remote one cannot be: let nobody else write to it. Prints
-'listening on URI' for every address once clients can connect. Without --tls, nothing is
-encrypted and whoever can connect can read and write; with it, everything is, and with
---tls-verify-peer only those with a certificate come in.
-
-Started by systemd with sockets of its own (LISTEN_FDS), it serves on those, and prints nothing.
-
-With --control and no SOURCE it serves whatever QMP clients add (blockdev-add, block-export-add) and, without
--b, -p and -k, listens where they say (nbd-server-start)."""
-
-EPILOG = """\
-examples:
-  nbdbackup serve disk=/var/lib/images/vm.img
-  nbdbackup serve -k /run/vm.sock root=/dev/vg/root data=/dev/vg/data
-  nbdbackup serve -b 0.0.0.0 --tls require --tls-creds /etc/pki/nbd --tls-verify-peer vm.img"""
-
 
 def add_parser(verbs: Verbs) -> None:
     """Add `serve`."""
-    parser = verbs.add_parser("serve", help="serve disks over NBD", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument(
-        "sources",
-        nargs="*",
-        metavar="[NAME=]SOURCE",
-        help="a raw file, a block device or an export of another NBD server (nbd://HOST[:PORT]/EXPORT, "
-        "nbd+unix:///EXPORT?socket=PATH); NAME, of the node and the export, defaults to the file's name "
-        "without its extension, or to the other export's (for a path with '=' in it: NAME=PATH or ./PATH)",
-    )
-    parser.add_argument("-x", "--export-name", metavar="NAME", help="the NAME, when there is one SOURCE")
-    parser.add_argument(
-        "-f",
-        "--format",
-        type=only("format", "raw", ("qcow2", "qcow", "vmdk", "vdi", "vhdx", "vpc", "luks", "qed")),
-        metavar="raw",
-        help="serve the bytes of SOURCE as they are, also when they look like an image format",
-    )
-    _add_listeners(parser)
-    _add_tls(parser)
-    parser.add_argument(
-        "-r", "--read-only", action="store_true", help="refuse every write; SOURCE is opened so"
-    )
-    parser.add_argument(
-        "--read-only-export",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="the same for the SOURCE called NAME alone; may be given several times",
-    )
-    parser.add_argument(
-        "-e", "--shared", type=count, default=0, metavar="N", help="clients at once (default 0: no limit)"
-    )
-    parser.add_argument("-D", "--description", default="", metavar="TEXT", help="told to clients that ask")
-    parser.add_argument(
-        "--discard",
-        choices=("unmap", "ignore"),
-        default="unmap",
-        help="unmap (default): trims give space back; ignore: they do nothing, and zeroes stay allocated",
-    )
-    parser.add_argument(
-        "--reconnect-delay",
-        type=seconds,
-        default=RECONNECT_DELAY_S,
-        metavar="SECONDS",
-        help="when the server of a remote SOURCE or of a backup's target goes away, requests wait so long "
-        f"for it to come back, and are done again then; after that they fail (default {RECONNECT_DELAY_S:g}; "
-        "0: they fail at once)",
-    )
-    parser.add_argument(
-        "--state-dir",
-        type=Path,
-        metavar="DIR",
-        help="persistent bitmaps and scratch files of snapshots live here; one server for each (default: "
-        "$XDG_STATE_HOME/nbdbackup, ~/.local/state/nbdbackup, for root /var/lib/nbdbackup)",
-    )
-    parser.add_argument(
-        "--bitmap-durability",
-        choices=("process", "power"),
-        default="process",
-        help="what persistent bitmaps outlive when the server does not stop cleanly. process (default): "
-        "its being killed; when the machine goes down they become inconsistent, and the next backup is a "
-        "full one. power: that as well; the first write to each granule after a backup waits for a sync of "
-        "the state directory, and fails if that does",
-    )
-    parser.add_argument(
-        "--control",
-        type=Path,
-        metavar="PATH",
-        help="control socket, QMP, mode 0600 (default: $NBDBACKUP_CONTROL, else "
-        "$XDG_RUNTIME_DIR/nbdbackup/control.sock, else /run/nbdbackup/control.sock)",
-    )
-    parser.add_argument("--pid-file", type=Path, metavar="FILE", help="write the process id here when ready")
-    parser.add_argument(
-        "--fork",
-        action="store_true",
-        help="go to the background when ready; logging goes on only if standard error is a file",
-    )
-    parser.add_argument(
-        "--run",
-        dest="run_command",
-        metavar="CMD",
-        help="run CMD in a shell with $uri set, and serve until it ends",
-    )
-    parser.add_argument("--exit-on-last", action="store_true", help="leave when the last client has left")
-    parser.add_argument(
-        "-t", "--persistent", action="store_true", help="go on when the last client has left (the default)"
-    )
-    parser.add_argument(
-        "--stop-timeout",
-        type=seconds,
-        default=STOP_TIMEOUT_S,
-        metavar="SECONDS",
-        help="once it is to stop, the server ends within this time: if a disk hangs, the others are flushed, "
-        f"it says what it left undone, and its status is 1 (default {STOP_TIMEOUT_S:g}; 0: no limit)",
-    )
-    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
-    add_verbose(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_listeners(parser: Parser) -> None:
-    parser.add_argument("-b", "--bind", metavar="ADDR", help=f"TCP address (default {DEFAULT_HOST})")
-    parser.add_argument(
-        "-p",
-        "--port",
-        type=count,
-        metavar="PORT",
-        help=f"TCP port (default {DEFAULT_PORT}; 0 picks a free one)",
-    )
-    parser.add_argument(
-        "-k", "--socket", metavar="PATH", help="Unix socket; then no TCP unless -b or -p is given too"
-    )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        type=argument_type(parse_range, "address range"),
-        metavar="CIDR",
-        help="let only these addresses connect over TCP, as in 10.0.0.0/8 or ::1; "
-        "may be given several times (default: any address)",
-    )
-
-
-def _add_tls(parser: Parser) -> None:
-    parser.add_argument(
-        "--tls",
-        choices=("off", "on", "require"),
-        help="on: clients may use TLS, require: they must, or get nothing but an error "
-        "(default: require with --tls-creds or --tls-psk, else off)",
-    )
-    parser.add_argument(
-        "--tls-creds",
-        type=Path,
-        metavar="DIR",
-        help="certificates, named as QEMU and nbdkit have them: ca-cert.pem, server-cert.pem, "
-        "server-key.pem, and ca-crl.pem if some are revoked; new ones count for new connections",
-    )
-    parser.add_argument(
-        "--tls-psk",
-        type=Path,
-        metavar="FILE",
-        help="pre-shared keys in place of certificates, NAME:HEX lines as psktool makes them; whoever has "
-        "one may connect (Python 3.13 or later)",
-    )
-    parser.add_argument(
-        "--tls-verify-peer",
-        action="store_true",
-        help="refuse TLS clients without a certificate that ca-cert.pem vouches for",
-    )
-    parser.add_argument(
-        "--tls-authz",
-        action="append",
-        default=[],
-        metavar="DN",
-        help="refuse TLS clients whose certificate is not for this distinguished name, "
-        "'CN=backup,O=Example' (may be repeated; implies --tls-verify-peer)",
-    )
-    parser.add_argument(
-        "--tls-authz-file",
-        type=Path,
-        metavar="FILE",
-        help="distinguished names as for --tls-authz, one a line",
-    )
-    parser.add_argument(
-        "--export-authz",
-        action="append",
-        default=[],
-        metavar="EXPORT=NAME",
-        help="this export and its snapshots exist only for the TLS client of this distinguished name, or, "
-        "with --tls-psk, of this key's name (may be repeated, for several clients and exports)",
-    )
-    parser.add_argument(
-        "--tls-only",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="with --tls on: clients without TLS do not see this export and its snapshots (may be repeated)",
-    )
+    add_serve(verbs).set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.sync import FrozenBitmap, Sync, SyncMode
-from nbdbackup.job.target import BACKUP_USER, ExistingTarget, Target, open_target
+from nbdbackup.job.target import BACKUP_USER, ExistingTarget, NewFileTarget, Target, open_target
 from nbdbackup.job.transaction import JobTransaction
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
 
@@ -58,6 +58,7 @@ class Surroundings:
     scratch_directory: Path
     remote: RemoteOptions
     own_uris: Callable[[], Sequence[str]]
+    make_target: Callable[[str, int], NewFileTarget]
 
 
 class Backups:
@@ -70,9 +71,13 @@ class Backups:
         scratch_directory: Path,
         remote: RemoteOptions,
         own_uris: Callable[[], Sequence[str]],
+        make_target: Callable[[str, int], NewFileTarget] = NewFileTarget,
     ) -> None:
-        """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on."""
-        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris)
+        """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on.
+
+        `make_target` makes a new target of a path and a size.
+        """
+        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris, make_target)
 
     def action(self, request: BackupRequest) -> "BackupAction":
         """The step of a transaction that starts the backup."""
@@ -339,7 +344,13 @@ class BackupAction(Action):
         elif not os.path.isabs(target.path):
             raise UsageError(f"{target.path} is no absolute path")
         refuse_same_file(node.root, target.path)
-        return await open_target(target.path, node.size, existing=target.existing, remote=self._in.remote)
+        return await open_target(
+            target.path,
+            node.size,
+            existing=target.existing,
+            remote=self._in.remote,
+            make=self._in.make_target,
+        )
 
     def _refuse_own(self, node: Node, uri: str) -> None:
         if str(node.root) == uri:

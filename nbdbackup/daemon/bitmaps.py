@@ -5,6 +5,7 @@ been made by the step before; a bitmap that is to be removed stays, busy, until 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, SavedBits
 from nbdbackup.bitmap.node_bitmaps import (
@@ -120,6 +121,18 @@ class Bitmaps:
         for bitmap in entry.bitmaps:
             if isinstance(bitmap, StoredBitmap) and self.store is not None:
                 await self.store.release(entry.node, bitmap)
+
+    async def remove_at_rest(self, path: Path) -> None:
+        """Remove the file of a bitmap whose node there is not; its checkpoints go with the last one.
+
+        Raises:
+            NotFoundError: it is in use by now. OSError: it cannot be removed.
+        """
+        assert self.store is not None
+        async with self.chains.lock:
+            node = await self.store.remove_at_rest(path)
+            if node not in [other for other, _, _ in self.store.at_rest()]:
+                await self.chains.forget_node(node)
 
     def withdraw(self, entry: Entry, bitmap: DirtyBitmap) -> None:
         """Undo `offer`."""

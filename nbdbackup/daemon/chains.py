@@ -112,6 +112,17 @@ class Chains:
         """The bitmap of a checkpoint that was removed is gone: nothing of it need be remembered."""
         self._records = [record for record in self._records if record.uuid != removed]
 
+    async def forget_node(self, node: str) -> None:
+        """No bitmap of `node`, which there is not, is stored any more: nor are its checkpoints.
+
+        Raises:
+            DeviceError: the file cannot be written.
+        """
+        rest = [record for record in self._records if record.node != node]
+        if rest != self._records:
+            self._records = rest
+            await self._write(rest)
+
     async def _write(self, records: list[ChainRecord]) -> None:
         if self._file is not None and self.store is not None:
             await self.store.run(self._file.write_new, _linked(records))

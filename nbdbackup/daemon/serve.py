@@ -19,7 +19,9 @@ from nbdbackup.daemon.ending import Ending
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.leftovers import Leftovers
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
+from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
 from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
@@ -118,7 +120,10 @@ async def _run(
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
-        backups = Backups(graph, jobs, state.scratch, _remote_options(options), server.uris)
+        partials = PartialFiles(state.partials)
+        backups = Backups(
+            graph, jobs, state.scratch, _remote_options(options), server.uris, make_target=partials.make
+        )
         services = Services(
             jobs,
             snapshots,
@@ -129,6 +134,7 @@ async def _run(
             exports=Exports(graph, server, tasks, announcer),
             bitmaps=bitmaps,
             checkpoints=Checkpoints(bitmaps, snapshots),
+            state=Leftovers(state.scratch, partials, bitmaps),
         )
         if options.makes_control_directory:
             options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -62,6 +62,16 @@ class StoredBitmaps:
         """What was published or removed is so on disk."""
         await self._executor.run(self._store.sync_directory)
 
+    def at_rest(self) -> list[tuple[str, str, Path]]:
+        """Node, name and file of each bitmap whose node there is not."""
+        return self._store.at_rest()
+
+    async def remove_at_rest(self, path: Path) -> str:
+        """Remove the file of such a bitmap; its node. Raises what `BitmapStore.remove_at_rest` does."""
+        node = self._store.remove_at_rest(path)
+        await self.sync()
+        return node
+
     async def load(self, node: Node) -> list[StoredBitmap]:
         """The bitmaps of `node`, in use from now on. Raises what `BitmapStore.load` does."""
         bitmaps = await self._executor.run(lambda: self._store.load(node.name, source_identity(node.bottom)))

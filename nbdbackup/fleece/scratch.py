@@ -18,6 +18,8 @@ from nbdbackup.block.filter import FilterDevice
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.extents import Extent
 
+NAMED_PREFIX = ".nbdbackup-scratch-"
+"""Of a scratch file that has a name for a moment; the process and some random characters follow."""
 FILLING_PERCENT = 80
 """Of `bytes_max`: when it is time to say that scratch may not suffice."""
 
@@ -182,7 +184,7 @@ def _open_nameless(directory: Path) -> int:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
             raise
-    path = directory / f".nbdbackup-scratch-{os.getpid()}-{os.urandom(4).hex()}"
+    path = directory / f"{NAMED_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     fd = _open_new(path)
     path.unlink()
     return fd

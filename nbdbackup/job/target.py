@@ -7,6 +7,7 @@ the disk: a file called TARGET is a whole backup. An existing image or device is
 import errno
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.executor import IoExecutor
@@ -70,6 +71,11 @@ class ExistingTarget(Target):
             self._users.remove(BACKUP_USER)
 
 
+def partial_path(path: str) -> str:
+    """Where the backup to be called `path` is made."""
+    return f"{path}.partial"
+
+
 class NewFileTarget(Target):
     """A new raw file at `path`."""
 
@@ -83,7 +89,7 @@ class NewFileTarget(Target):
             DeviceError: it can't be created.
         """
         self.path = path
-        self.partial = f"{path}.partial"
+        self.partial = partial_path(path)
         if os.path.lexists(path):
             raise ConflictError(f"{path} exists already: choose another target, or write into it with -n")
         self.device = FileDevice.create(self.partial, size)
@@ -133,16 +139,23 @@ class NewFileTarget(Target):
                 pass
 
 
-async def open_target(path: str, size: int, *, existing: bool, remote: RemoteOptions | None = None) -> Target:
+async def open_target(
+    path: str,
+    size: int,
+    *,
+    existing: bool,
+    remote: RemoteOptions | None = None,
+    make: Callable[[str, int], NewFileTarget] = NewFileTarget,
+) -> Target:
     """Open the target of a backup of `size` bytes: a new file, or with `existing` what is there.
 
-    An NBD URI always stands for what is there; it is used as `remote` says.
+    An NBD URI always stands for what is there; it is used as `remote` says. `make` makes a new file.
 
     Raises:
         UsageError: an existing target has another size. Others: see `NewFileTarget` and `open_device`.
     """
     if not existing and not is_remote(path):
-        return NewFileTarget(path, size)
+        return make(path, size)
     device = await open_device(path, "raw", remote=remote)
     if device.size != size:
         await device.close()

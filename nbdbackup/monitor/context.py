@@ -16,6 +16,7 @@ from nbdbackup.monitor.services_bitmaps import BitmapService
 from nbdbackup.monitor.services_exports import ExportService
 from nbdbackup.monitor.services_graph import GraphService
 from nbdbackup.monitor.services_snapshots import CheckpointService, SnapshotService
+from nbdbackup.monitor.services_state import StateService
 from nbdbackup.monitor.steps import Step as Step
 
 
@@ -43,3 +44,4 @@ class Services:
     exports: ExportService
     bitmaps: BitmapService
     checkpoints: CheckpointService
+    state: StateService

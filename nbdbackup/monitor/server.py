@@ -29,6 +29,7 @@ from nbdbackup.monitor import (
     commands_exports,
     commands_jobs,
     commands_snapshots,
+    commands_state,
     commands_transaction,
 )
 from nbdbackup.monitor.context import Services
@@ -49,6 +50,7 @@ COMMAND_MODULES = (
     commands_exports,
     commands_jobs,
     commands_snapshots,
+    commands_state,
     commands_transaction,
 )
 """Importing them is what fills the table of commands."""

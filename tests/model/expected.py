@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.block.node import Node
-from nbdbackup.extents import Allocation, Extent, StatusExtent, merge_status
+from nbdbackup.extents import Allocation, ContextExtent, Extent, StatusExtent, merge_status
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.fleece.scratch import Scratch
 from nbdbackup.fleece.snapshots import Snapshot
@@ -32,7 +32,7 @@ class Violation(AssertionError):
 
 
 class FineMemory(MemoryDevice):
-    """Knows zeroes by the half cluster, so that block status has something to say."""
+    """Knows zeroes by the half cluster, so that block status has something to say; they are not allocated."""
 
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         return merge_status(
@@ -42,6 +42,12 @@ class FineMemory(MemoryDevice):
             )
             for piece in Extent(offset, length).split(CLUSTER // 2)
         )
+
+    async def is_allocated(self, offset: int, length: int) -> list[ContextExtent]:
+        return [
+            ContextExtent(piece.length, int(any(self.data[piece.offset : piece.end])))
+            for piece in Extent(offset, length).split(CLUSTER // 2)
+        ]
 
 
 @dataclass(slots=True, eq=False)

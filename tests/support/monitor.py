@@ -21,6 +21,7 @@ from nbdbackup.monitor.services_bitmaps import BitmapChange
 from nbdbackup.monitor.services_exports import ExportInfo, ExportRequest, ServerRequest
 from nbdbackup.monitor.services_graph import NodeDefinition, NodeInfo
 from nbdbackup.monitor.services_snapshots import CheckpointInfo, SnapshotInfo, SnapshotOptions
+from nbdbackup.monitor.services_state import LeftoverInfo
 from nbdbackup.monitor.steps import Step
 from tests.support.jobs import WAIT_S_MAX, ScriptedJob
 
@@ -238,6 +239,17 @@ class QmpClient:
             self.events.append(message)
 
 
+class FakeState:
+    """No leftovers."""
+
+    async def leftovers(self) -> Sequence[LeftoverInfo]:
+        return ()
+
+    async def clean(self, paths: Sequence[str] | None) -> Sequence[LeftoverInfo]:
+        assert not paths
+        return ()
+
+
 @dataclass
 class Bench:
     """A control socket, and what is behind it."""
@@ -292,6 +304,7 @@ async def bench(path: Path) -> AsyncIterator[Bench]:
             exports=exports,
             bitmaps=bitmaps,
             checkpoints=checkpoints,
+            state=FakeState(),
         )
         async with monitor(path, services) as server:
             try:

@@ -168,7 +168,7 @@ class Server:
     def cli_command(self, *arguments: str) -> list[str]:
         """The whole command line of an `nbdbackup` command for this server."""
         verbs = [argument for argument in arguments if not argument.startswith("-")]
-        depth = 2 if verbs[0] in {"bitmap", "checkpoint", "job", "node", "snapshot"} else 1
+        depth = 2 if verbs[0] in {"bitmap", "checkpoint", "job", "node", "snapshot", "state"} else 1
         return [*COMMAND, *arguments[:depth], "--control", str(self.control), *arguments[depth:]]
 
     def snapshots(self) -> list[str]:

@@ -1,0 +1,28 @@
+"""What the commands about the state directory ask for, and what they are told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class LeftoverInfo:
+    """A file that no one of this server needs, and that a server of this state directory made."""
+
+    kind: str
+    """"bitmap", "partial" or "scratch"."""
+    path: str
+    size: int
+    """Bytes that it takes up."""
+    reason: str
+    """Why it is one, in words."""
+
+
+class StateService(Protocol):
+    """Leftovers."""
+
+    async def leftovers(self) -> Sequence[LeftoverInfo]:
+        """Every leftover."""
+
+    async def clean(self, paths: Sequence[str] | None) -> Sequence[LeftoverInfo]:
+        """Remove the leftovers at `paths` (None: all); those that were removed."""

@@ -1,0 +1,166 @@
+"""The state directory: who has it, what it refuses, and what is left in it and beside targets."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ServeFunction
+from tests.support.disks import make_disk, make_sparse
+from tests.support.peers import require, require_root
+from tests.support.processes import run, wait_until
+from tests.support.server import Server, ServerFailed
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk.img", 8 * MIB)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def leftovers(server: Server) -> list[tuple[str, str]]:
+    return [(each["kind"], each["path"]) for each in json.loads(server.cli("state", "list", "--json").stdout)]
+
+
+def killed_in_a_backup(serve: ServeFunction, disk: Path, state: Path, target: Path) -> Path:
+    """The partial file that a server leaves which is killed in the middle of a backup."""
+    server = serve(state_dir=state, disk=disk)
+    server.cli("backup", "disk", str(target), "-r", "1M", "--no-wait")
+    partial = target.with_name(target.name + ".partial")
+    wait_until(lambda: partial.stat().st_blocks > 0, "some clusters in the target")
+    assert leftovers(server) == []
+    server.kill()
+    return partial
+
+
+def test_partial_file_of_a_killed_server_is_listed_and_removed_by_clean_alone(
+    serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
+) -> None:
+    partial = killed_in_a_backup(serve, disk, state, tmp_path / "target.img")
+    (tmp_path / "other.img.partial").write_bytes(b"somebody else's")
+    server = serve(state_dir=state, disk=disk)
+    assert leftovers(server) == [("partial", str(partial))]
+    assert "of a backup that did not end" in server.cli("state", "list").stdout
+    server.cli("backup", "disk", str(tmp_path / "second.img"))
+    assert leftovers(server) == [("partial", str(partial))]
+    assert str(partial) in server.cli("state", "clean").stdout
+    assert not partial.exists()
+    assert (leftovers(server), list((state / "partials").iterdir())) == ([], [])
+    assert (tmp_path / "other.img.partial").exists()
+    assert server.cli("state", "clean").stdout == ""
+
+
+def test_file_that_somebody_else_made_in_place_of_a_partial_one_is_not_ours(
+    serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
+) -> None:
+    partial = killed_in_a_backup(serve, disk, state, tmp_path / "target.img")
+    partial.rename(tmp_path / "kept")
+    partial.write_bytes(b"somebody else's")
+    server = serve(state_dir=state, disk=disk)
+    assert leftovers(server) == []
+    server.cli("state", "clean")
+    assert partial.read_bytes() == b"somebody else's"
+
+
+def test_bitmaps_of_a_node_that_is_not_served_are_kept_until_clean(
+    serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
+) -> None:
+    other = make_sparse(tmp_path / "other.img", MIB)
+    server = serve(state_dir=state, disk=disk, other=other)
+    server.cli("checkpoint", "create", "disk", "other", "c1")
+    server.cli("bitmap", "add", "other", "b0")
+    server.stop()
+    server = serve(state_dir=state, disk=disk)
+    paths = [str(state / "bitmaps" / f"other:{name}.bitmap") for name in ("b0", "c1")]
+    assert leftovers(server) == [("bitmap", path) for path in paths]
+    refused = server.cli("state", "clean", str(state / "bitmaps" / "disk:c1.bitmap"), check=False)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+    assert "disk:c1.bitmap is no leftover (see nbdbackup state list)" in refused.stderr
+    server.cli("state", "clean", paths[0])
+    assert leftovers(server) == [("bitmap", paths[1])]
+    server.cli("state", "clean")
+    server.stop()
+    server = serve(state_dir=state, disk=disk, other=other)
+    listed = json.loads(server.cli("checkpoint", "list", "--json").stdout)
+    assert [(found["node"], found["name"]) for found in listed] == [("disk", "c1")]
+    server.cli("checkpoint", "create", "other", "c1")
+
+
+def test_checkpoint_whose_bitmap_was_cleaned_away_does_not_vanish_from_its_chain(
+    serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
+) -> None:
+    other = make_sparse(tmp_path / "other.img", MIB)
+    server = serve(state_dir=state, disk=disk, other=other)
+    server.cli("checkpoint", "create", "other", "c1")
+    server.cli("checkpoint", "create", "other", "c2")
+    server.stop()
+    server = serve(state_dir=state, disk=disk)
+    server.cli("state", "clean", str(state / "bitmaps" / "other:c2.bitmap"))
+    server.stop()
+    server = serve(state_dir=state, other=other)
+    listed = json.loads(server.cli("checkpoint", "list", "--json").stdout)
+    assert [(found["name"], found["inconsistent"]) for found in listed] == [("c1", True), ("c2", True)]
+
+
+def test_scratch_file_of_a_dead_process_is_a_leftover(serve: ServeFunction, disk: Path, state: Path) -> None:
+    server = serve(state_dir=state, disk=disk)
+    dead = state / "scratch" / ".nbdbackup-scratch-999999999-ab"
+    alive = state / "scratch" / f".nbdbackup-scratch-{server.pid}-ab"
+    for path in (dead, alive):
+        path.write_bytes(b"x")
+    assert leftovers(server) == [("scratch", str(dead))]
+    server.cli("state", "clean")
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+def test_second_server_is_told_who_has_the_state_directory_and_who_has_the_disk(
+    serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    with pytest.raises(ServerFailed, match=rf"state directory {state} .*process {server.pid}: .* serve "):
+        serve(state_dir=state, other=make_sparse(tmp_path / "other.img", MIB))
+    with pytest.raises(ServerFailed, match=rf"disk.img is locked by .*process {server.pid}: .* serve "):
+        serve(disk=disk)
+    server.kill()
+    serve(state_dir=state, disk=disk)
+
+
+def test_state_directory_of_another_version_is_refused_and_left_alone(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    serve(state_dir=state, disk=disk).stop()
+    assert (state / "version").read_text() == "1\n"
+    (state / "version").write_text("2\n")
+    (state / "bitmaps" / "future.new").write_text("of another version")
+    with pytest.raises(ServerFailed, match=r"of version '2', and this nbdbackup knows version 1") as caught:
+        serve(state_dir=state, disk=disk)
+    assert "Traceback" not in str(caught.value)
+    assert (state / "bitmaps" / "future.new").exists()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("ro", "Read-only file system"), ("rw,size=16k", "No space left on device; make room there, or name")],
+)
+def test_state_directory_that_cannot_be_written_is_one_clear_line_at_the_start(
+    serve: ServeFunction, disk: Path, state: Path, options: str, reason: str
+) -> None:
+    require_root("mounts a tmpfs")
+    state.mkdir()
+    run(require("mount"), "-t", "tmpfs", "-o", options, "tmpfs", state)
+    try:
+        if options != "ro":
+            with pytest.raises(OSError, match="No space left"):
+                (state / "full").write_bytes(b"x" * MIB)
+        with pytest.raises(ServerFailed, match=rf"cannot use state directory {state}: {reason}") as caught:
+            serve(state_dir=state, disk=disk)
+        assert "Traceback" not in str(caught.value)
+    finally:
+        run(require("umount"), "-l", state)
