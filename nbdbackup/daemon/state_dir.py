@@ -5,7 +5,7 @@ version     of all that is in here; another version's is not touched
 bitmaps/    persistent bitmaps and the chain of checkpoints
 partials/   which partial files of backups were made
 scratch/    clusters that snapshots have saved
-snapshots/  what else is known of snapshots that outlive the daemon
+snapshots/  what else is known of the snapshots that outlive the daemon
 """
 
 import errno

@@ -29,7 +29,7 @@ from nbdbackup.job.job import Job as AnyJob
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.states import JobStatus
 from nbdbackup.job.sync import BitmapSyncMode, SyncMode
-from nbdbackup.job.target import BACKUP_USER, Target
+from nbdbackup.job.target import BACKUP_USER, NewFileTarget, Target
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode
 from nbdbackup.monitor.services_bitmaps import BitmapRemove
 from nbdbackup.server.exports import ExportTable
@@ -172,7 +172,7 @@ class TransactionWorld(World):
         self.loop.settle()
         self.registry.subscribe(self._note_event)
         self.surroundings = Surroundings(
-            self.graph, self.registry, Path(MODEL_SCRATCH), RemoteOptions(), list
+            self.graph, self.registry, Path(MODEL_SCRATCH), RemoteOptions(), list, NewFileTarget
         )
 
     # What is.

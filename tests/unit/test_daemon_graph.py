@@ -184,7 +184,7 @@ def test_a_state_directory_belongs_to_one_daemon(tmp_path: Path) -> None:
     first.open()
     assert first.scratch.is_dir()
     with pytest.raises(
-        ConflictError, match=rf"process {os.getpid()}: .*pytest.*\): name another with --state-dir"
+        ConflictError, match=rf"process {os.getpid()}: .*python.*\): name another with --state-dir"
     ):
         second.open()
     first.close()
