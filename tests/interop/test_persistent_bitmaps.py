@@ -147,8 +147,8 @@ def test_bits_frozen_for_a_pull_are_dirty_again_unless_they_were_pulled(
     assert bitmaps(again)["b0"]["busy"] is False
     assert dirty(again) == ({9} if end == "pulled" else {1, 2, 9})
     write(again, 30)
-    again.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0")
-    again.cli("snapshot", "drop", "disk@s", "--pulled")
+    again.cli("snapshot", "create", "disk", "--name", "s2", "--bitmap", "b0")
+    again.cli("snapshot", "drop", "disk@s2", "--pulled")
     assert dirty(again) == set()
 
 

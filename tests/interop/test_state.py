@@ -73,7 +73,7 @@ def test_bitmaps_of_a_node_that_is_not_served_are_kept_until_clean(
 ) -> None:
     other = make_sparse(tmp_path / "other.img", MIB)
     server = serve(state_dir=state, disk=disk, other=other)
-    server.cli("checkpoint", "create", "disk", "other", "c1")
+    server.cli("checkpoint", "create", "disk", "other", "c1", "--temporary")
     server.cli("bitmap", "add", "other", "b0")
     server.stop()
     server = serve(state_dir=state, disk=disk)
@@ -97,8 +97,8 @@ def test_checkpoint_whose_bitmap_was_cleaned_away_does_not_vanish_from_its_chain
 ) -> None:
     other = make_sparse(tmp_path / "other.img", MIB)
     server = serve(state_dir=state, disk=disk, other=other)
-    server.cli("checkpoint", "create", "other", "c1")
-    server.cli("checkpoint", "create", "other", "c2")
+    server.cli("checkpoint", "create", "other", "c1", "--temporary")
+    server.cli("checkpoint", "create", "other", "c2", "--temporary")
     server.stop()
     server = serve(state_dir=state, disk=disk)
     server.cli("state", "clean", str(state / "bitmaps" / "other:c2.bitmap"))
