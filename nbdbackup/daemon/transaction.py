@@ -13,6 +13,7 @@ Follows QEMU's `transaction` command; the words are the same.
 """
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 from nbdbackup.block.node import Node, drained
 from nbdbackup.errors import NbdBackupError
@@ -89,29 +90,27 @@ async def run_transaction(actions: Sequence[Action]) -> None:
     Raises:
         NbdBackupError, OSError: the first step that failed, in their order; nothing has changed.
     """
-    readied: list[Action] = []
-    try:
-        failure = await _ready(actions, readied)
-        able = readied if failure is None else readied[:-1]
+    # A stack: whatever befalls one `clean`, a cancellation too, the others have their turn.
+    async with AsyncExitStack() as cleaning:
+        able, failure = await _ready(actions, cleaning)
         async with drained(*dict.fromkeys(node for action in able for node in action.nodes())):
             _take(able, failure)
-    finally:
-        for action in readied:
-            await action.clean()
 
 
-async def _ready(actions: Sequence[Action], readied: list[Action]) -> Exception | None:
-    """Make the actions ready as far as that goes; the failure of the last one in `readied`, if any.
+async def _ready(
+    actions: Sequence[Action], cleaning: AsyncExitStack
+) -> tuple[Sequence[Action], Exception | None]:
+    """Make the actions ready as far as that goes; those that are, and the failure of the next one, if any.
 
     It is not raised yet: an earlier step may fail in `prepare`, and it is that one the user hears of.
     """
-    for action in actions:
-        readied.append(action)
+    for number, action in enumerate(actions):
+        cleaning.push_async_callback(action.clean)
         try:
             await action.ready()
         except Exception as error:
-            return error
-    return None
+            return actions[:number], error
+    return actions, None
 
 
 def _take(actions: Sequence[Action], failure: Exception | None) -> None:

@@ -1,5 +1,7 @@
 """Transactions: all steps at one instant, or nothing has changed."""
 
+import asyncio
+
 import pytest
 
 from nbdbackup.block.memory import MemoryDevice
@@ -50,7 +52,7 @@ async def test_all_are_prepared_while_every_node_stands_still_and_then_committed
         *("ready 1 drained=False", "ready 2 drained=False", "ready 3 drained=False"),
         *("prepare 1 drained=True", "prepare 2 drained=True", "prepare 3 drained=True"),
         *("commit 1 drained=True", "commit 2 drained=True", "commit 3 drained=True"),
-        *("clean 1 drained=False", "clean 2 drained=False", "clean 3 drained=False"),
+        *("clean 3 drained=False", "clean 2 drained=False", "clean 1 drained=False"),
     ]
 
 
@@ -67,7 +69,7 @@ async def test_a_failing_step_undoes_those_before_it_last_first() -> None:
     assert log == [
         *("ready 1", "ready 2", "ready 3", "ready 4"),
         *("prepare 1", "prepare 2", "prepare 3", "abort 2", "abort 1"),
-        *("clean 1", "clean 2", "clean 3", "clean 4"),
+        *("clean 4", "clean 3", "clean 2", "clean 1"),
     ]
 
 
@@ -79,7 +81,7 @@ async def test_the_first_failing_step_is_the_one_that_is_told_of() -> None:
     log.clear()
     with pytest.raises(ConflictError, match="ready of 2"):
         await run_transaction([Recorded(log, "1"), Recorded(log, "2", fails_in="ready"), Recorded(log, "3")])
-    assert log == ["ready 1", "ready 2", "prepare 1", "abort 1", "clean 1", "clean 2"]
+    assert log == ["ready 1", "ready 2", "prepare 1", "abort 1", "clean 2", "clean 1"]
 
 
 async def test_a_node_that_stood_still_for_a_failed_transaction_goes_on() -> None:
@@ -87,3 +89,16 @@ async def test_a_node_that_stood_still_for_a_failed_transaction_goes_on() -> Non
     with pytest.raises(ConflictError):
         await run_transaction([Recorded([], "1", node, fails_in="prepare")])
     await node.write(0, b"x")
+
+
+async def test_every_step_is_cleaned_up_even_if_one_is_interrupted_in_it() -> None:
+    log: list[str] = []
+
+    class Interrupted(Recorded):
+        async def clean(self) -> None:
+            await super().clean()
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await run_transaction([Recorded(log, "1"), Interrupted(log, "2")])
+    assert log[-2:] == ["clean 2", "clean 1"]
