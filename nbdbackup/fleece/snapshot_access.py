@@ -35,6 +35,7 @@ class SnapshotAccess(BlockDevice):
         self._scratch = scratch
         # Changes while running.
         self._dropped = False
+        self._has_scratch = True
 
     def __str__(self) -> str:
         return self._filter.title
@@ -122,16 +123,11 @@ class SnapshotAccess(BlockDevice):
         return found
 
     async def trim(self, offset: int, length: int, fua: bool = False) -> None:
-        """Give up the whole clusters of the range: see the module's docstring.
-
-        A broken snapshot has nothing to give up: whoever owns it gives all scratch back.
-        """
+        """Give up the whole clusters of the range: see the module's docstring."""
         if self._dropped:
             raise SnapshotError(errno.EIO, f"{self} was dropped")
-        if self._filter.broken is not None:
-            return
         area = self._copy.discard(Extent(offset, length))
-        if area.length:
+        if area.length and self._has_scratch:
             # A copy in flight would fill the space again; a write that waits for it goes on after.
             await self._copy.in_flight.wait_no_conflict(area)
             await self._scratch.trim(area.offset, area.length)
@@ -146,6 +142,10 @@ class SnapshotAccess(BlockDevice):
 
     async def flush(self) -> None:
         """Nothing is ever written here."""
+
+    def give_up_scratch(self) -> None:
+        """The snapshot is broken, and its scratch will be closed: do not touch it any more."""
+        self._has_scratch = False
 
     def end(self) -> None:
         """The snapshot was dropped: every later read is an error, as is one under way."""

@@ -105,6 +105,7 @@ class Snapshot:
         # No copy begins from now on, and none that fails is repeated.
         self.block_copy.discard(Extent(0, self.block_copy.size))
         async with drained(self.view):
+            self.access.give_up_scratch()
             await self._close_scratch()
 
     async def close(self) -> None:

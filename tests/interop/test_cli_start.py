@@ -198,7 +198,7 @@ def test_after_kill_9_a_server_starts_again_on_the_same_paths(serve: ServeFuncti
     process.stdout.close()
     server.start()
     assert run(require("nbdinfo"), "--size", server.uri("disk", "unix")).strip() == str(MIB)
-    assert server.snapshots() == []
+    assert len(server.snapshots()) == 1
 
 
 def test_address_that_is_not_of_this_machine(start: Start, tmp_path: Path) -> None:

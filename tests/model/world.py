@@ -31,6 +31,7 @@ from tests.support.gated import GatedDevice, PendingOp
 GATED_KINDS = ("read", "write", "write_zeroes", "trim", "block_status")
 SNAPSHOTS_MAX = 5
 JOBS_MAX = 2
+CANCELS_MAX = 20
 JOB_TRIES = 3
 JOB_CHUNK = 2 * CLUSTER
 
@@ -502,7 +503,12 @@ class World:
             gate.open_gate()
         self.errors.clear()
         self.loop.set_exception_handler(lambda loop, context: None)
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
-        self.loop.settle()
+        for _ in range(CANCELS_MAX):
+            # What has to come to its end takes more than one.
+            tasks = asyncio.all_tasks(self.loop)
+            if not tasks:
+                break
+            for task in tasks:
+                task.cancel()
+            self.loop.settle()
         self.loop.close()
