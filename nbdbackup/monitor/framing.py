@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from nbdbackup.job.events import Json
 
@@ -219,7 +220,7 @@ def _requoted(token: _Token) -> bytes:
 def _explain(tokens: list[_Token]) -> str:
     """What is wrong with tokens that make no value: the first thing, from the left."""
     try:
-        _Explainer(tokens).value()
+        _Explainer().read(tokens)
     except _Wrong as wrong:
         return str(wrong)
     return "expecting value"
@@ -229,61 +230,88 @@ class _Wrong(Exception):
     pass
 
 
+class _Expect(Protocol):
+    """What may come next: takes a token and gives what is expected after it, None at the end."""
+
+    def __call__(self, token: _Token, /) -> "_Expect | None": ...
+
+
 class _Explainer:
-    """Reads tokens as JSON's grammar would have them, and raises _Wrong where they differ."""
+    """Reads tokens as JSON's grammar would have them, and raises _Wrong where they differ.
 
-    def __init__(self, tokens: list[_Token]) -> None:
-        self._rest = iter(tokens)
+    A state per expectation and a list of what is open, so that no nesting is too deep for it.
+    """
 
-    def value(self, token: _Token | None = None) -> None:
-        token = token or self._next()
-        if token.text == b"{":
-            self._members()
-        elif token.text == b"[":
-            self._elements()
-        elif token.kind == "keyword":
+    _BAD_KEY = b""
+
+    def __init__(self) -> None:
+        self._open: list[bytes] = []
+        """A bracket or brace for each that is open; `_BAD_KEY` for a key that is no string."""
+
+    def read(self, tokens: list[_Token]) -> None:
+        expect: _Expect = self._value
+        for token in tokens:
+            following = expect(token)
+            if following is None:
+                return
+            expect = following
+        raise _Wrong("premature EOI")
+
+    def _value(self, token: _Token) -> _Expect | None:
+        if token.text in (b"{", b"["):
+            self._open.append(token.text)
+            return self._first_key if token.text == b"{" else self._first_element
+        if token.kind == "keyword":
             if token.text not in (b"true", b"false", b"null"):
                 raise _Wrong(f"invalid keyword '{token.text.decode()}'")
         elif token.kind == "string":
             _check_escapes(token.text.decode("utf-8", "replace"))
         elif token.kind != "number":
             raise _Wrong("expecting value")
+        return self._after_value()
 
-    def _members(self) -> None:
-        token = self._next()
-        while token.text != b"}":
-            if token.kind != "string":
-                self.value(token)
-                raise _Wrong("key is not a string in object")
-            self.value(token)
-            if self._next().text != b":":
-                raise _Wrong("missing : in object pair")
-            self.value()
-            token = self._next()
-            if token.text == b",":
-                token = self._next()
-                if token.text == b"}":
-                    raise _Wrong("expecting value")
-            elif token.text != b"}":
-                raise _Wrong("expected separator in dict")
+    def _after_value(self) -> _Expect | None:
+        if not self._open:
+            return None
+        if self._open[-1] == self._BAD_KEY:
+            raise _Wrong("key is not a string in object")
+        return self._member_separator if self._open[-1] == b"{" else self._element_separator
 
-    def _elements(self) -> None:
-        token = self._next()
-        while token.text != b"]":
-            self.value(token)
-            token = self._next()
-            if token.text == b",":
-                token = self._next()
-                if token.text == b"]":
-                    raise _Wrong("expecting value")
-            elif token.text != b"]":
-                raise _Wrong("expected separator in list")
+    def _close(self) -> _Expect | None:
+        self._open.pop()
+        return self._after_value()
 
-    def _next(self) -> _Token:
-        token = next(self._rest, None)
-        if token is None:
-            raise _Wrong("premature EOI")
-        return token
+    def _first_key(self, token: _Token) -> _Expect | None:
+        return self._close() if token.text == b"}" else self._key(token)
+
+    def _key(self, token: _Token) -> _Expect | None:
+        if token.kind != "string":
+            self._open.append(self._BAD_KEY)
+            return self._value(token)
+        _check_escapes(token.text.decode("utf-8", "replace"))
+        return self._colon
+
+    def _colon(self, token: _Token) -> _Expect | None:
+        if token.text != b":":
+            raise _Wrong("missing : in object pair")
+        return self._value
+
+    def _member_separator(self, token: _Token) -> _Expect | None:
+        if token.text == b"}":
+            return self._close()
+        if token.text != b",":
+            raise _Wrong("expected separator in dict")
+        return self._key
+
+    def _first_element(self, token: _Token) -> _Expect | None:
+        return self._close() if token.text == b"]" else self._value(token)
+
+    def _element_separator(self, token: _Token) -> _Expect | None:
+        if token.text == b"]":
+            return self._close()
+        if token.text != b",":
+            raise _Wrong("expected separator in list")
+        return self._value
 
 
 def _check_escapes(text: str) -> None:

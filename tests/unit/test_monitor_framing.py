@@ -101,6 +101,19 @@ def test_half_a_message_is_waited_for() -> None:
         assert _feed(data) == []
 
 
+@pytest.mark.parametrize(
+    ("malformed", "reason"),
+    [
+        (b"{" * NESTING_MAX + b"]", "expecting value"),
+        (b"[{" * (NESTING_MAX // 2) + b"}" * (NESTING_MAX // 2 + 1), "expected separator in list"),
+        (b'{"a":[' * (NESTING_MAX // 2) + b"}" * (NESTING_MAX // 2 + 1), "expecting value"),
+    ],
+    ids=["braces", "mixed", "members"],
+)
+def test_what_is_wrong_is_said_at_any_depth(malformed: bytes, reason: str) -> None:
+    assert _errors(malformed + b"\n")[0] == f"JSON parse error, {reason}"
+
+
 def test_nesting_is_bounded_and_the_stream_goes_on() -> None:
     deepest = b"[" * NESTING_MAX + b"]" * NESTING_MAX
     assert not _errors(deepest)
