@@ -16,10 +16,11 @@ import pytest
 import nbdbackup
 
 PACKAGE = Path(nbdbackup.__file__).parent
-OPEN_TO_ALL = {"errors", "extents"}
+OPEN_TO_ALL = {"crash_points", "errors", "extents"}
 BELOW_DAEMON = {"bitmap", "block", "fleece", "job", "monitor", "nbd", "server", "tls"}
 
 ROOMS = {
+    "crash_points": set[str](),
     "errors": set[str](),
     "extents": set[str](),
     "nbd": set[str](),
