@@ -24,6 +24,7 @@ from nbdbackup.bitmap.file import BitmapFile, failed, sync_directory
 from nbdbackup.bitmap.file_format import TEXT_BYTES_MAX, Header, HeaderFlags
 from nbdbackup.bitmap.identity import SourceIdentity
 from nbdbackup.bitmap.stored import StoredBitmap, Sync
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 
 SUFFIX = ".bitmap"
@@ -82,6 +83,7 @@ class BitmapStore:
             for path in paths:
                 if path.suffix == NEW_SUFFIX:
                     path.unlink()
+                    reach("bitmap.open.tidied")
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for bitmaps") from error
         for path in paths:
@@ -119,6 +121,7 @@ class BitmapStore:
         for node, name, known in self.at_rest():
             if known == path:
                 path.unlink(missing_ok=True)
+                reach("bitmap.clean.unlinked")
                 del self._at_rest[node][name]
                 return node
         raise NotFoundError(f"bitmap file {path} is in use, or gone")
@@ -148,6 +151,7 @@ class BitmapStore:
         )
         path = self._path(header)
         file = BitmapFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
+        reach("bitmap.create.made")
         bitmap = StoredBitmap(file, self._run)
         self._loaded.add(bitmap)
         return bitmap
@@ -165,6 +169,7 @@ class BitmapStore:
             bitmap.file.rename(path)
         except OSError as error:
             raise failed(error, f"cannot rename {bitmap.file.path} to {path}") from error
+        reach("bitmap.publish.renamed")
 
     def load(self, node: str, identity: SourceIdentity) -> list[StoredBitmap]:
         """Every bitmap of `node`, whose source is as `identity` says, in use from now on.
@@ -216,6 +221,7 @@ class BitmapStore:
             OSError: the file cannot be removed.
         """
         bitmap.file.remove()
+        reach("bitmap.remove.unlinked")
         self._loaded.discard(bitmap)
 
     def sync_directory(self) -> None:
@@ -236,6 +242,7 @@ class BitmapStore:
             own |= spare
         # On disk before the header says that this plane alone counts, and that it is in use.
         file.sync()
+        reach("bitmap.load.merged")
         flags = (header.flags & (HeaderFlags.ENABLED | HeaderFlags.SECOND_PLANE)) | self._flags_in_use()
         header = replace(
             header,
@@ -246,6 +253,7 @@ class BitmapStore:
             inconsistent=reason,
         )
         file.write_header(header, sync=True)
+        reach("bitmap.load.in-use")
         spare.setall(0)
         return StoredBitmap(file, self._run)
 

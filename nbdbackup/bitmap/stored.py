@@ -25,6 +25,7 @@ from nbdbackup.bitmap.durable_marks import DurableMarks
 from nbdbackup.bitmap.file import BitmapFile
 from nbdbackup.bitmap.file_format import HeaderFlags
 from nbdbackup.bitmap.identity import SourceIdentity
+from nbdbackup.crash_points import reach
 
 Sync = Callable[[Callable[[], None]], Awaitable[None]]
 """Runs a function that blocks, in a thread."""
@@ -103,31 +104,39 @@ class StoredBitmap(DirtyBitmap):
             # In the transaction that cleared it: the spare plane is needed before all of it is final.
             self.forget(self._cleared)
         self._write(self.file.header.flags | HeaderFlags.BOTH)
+        reach("bitmap.create-successor.both")
         super().create_successor()
 
     def abdicate(self) -> None:
         super().abdicate()
+        reach("bitmap.abdicate.cleared")
         self._write((self.file.header.flags & ~HeaderFlags.BOTH) ^ HeaderFlags.SECOND_PLANE)
 
     def reclaim(self) -> None:
         if self.durable:
             self._planes.own |= self._planes.spare
             self.file.sync()
+            reach("bitmap.reclaim.merged")
         super().reclaim()
+        reach("bitmap.reclaim.cleared")
         self._write(self.file.header.flags & ~HeaderFlags.BOTH)
 
     def clear(self) -> SavedBits:
         if self._cleared is not None or not self.count:
             return super().clear()
         self._planes.spare |= self._planes.own
+        reach("bitmap.clear.saved")
         self._write(self.file.header.flags | HeaderFlags.BOTH)
+        reach("bitmap.clear.both")
         self._cleared = super().clear()
+        reach("bitmap.clear.cleared")
         return self._cleared
 
     def restore(self, saved: SavedBits) -> None:
         super().restore(saved)
         if self.durable:
             self.file.sync()
+        reach("bitmap.restore.restored")
         if saved is self._cleared:
             self.forget(saved)
 
@@ -135,15 +144,18 @@ class StoredBitmap(DirtyBitmap):
         if saved is self._cleared:
             self._cleared = None
             self._write(self.file.header.flags & ~HeaderFlags.BOTH)
+            reach("bitmap.forget.alone")
             self._planes.spare.setall(0)
 
     def merge(self, sources: Sequence[DirtyBitmap]) -> None:
         super().merge(sources)
+        reach("bitmap.merge.merged")
         if self.durable:
             self.file.sync()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
         super().merge_clusters(clusters)
+        reach("bitmap.merge-clusters.merged")
         if self.durable:
             self.file.sync()
 
@@ -172,6 +184,7 @@ class StoredBitmap(DirtyBitmap):
         if self._cleared is not None:
             self.forget(self._cleared)
         self.file.sync()
+        reach("bitmap.save.synced")
         header = replace(
             self.file.header,
             identity=identity,
@@ -179,6 +192,7 @@ class StoredBitmap(DirtyBitmap):
             bits_checksum=self.file.bits_checksum(),
         )
         self.file.write_header(header, sync=True)
+        reach("bitmap.save.saved")
 
     async def close(self) -> None:
         """Give up the file; nobody may use the bitmap any more."""

@@ -24,6 +24,7 @@ from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import GRANULARITY_DEFAULT
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node
+from nbdbackup.crash_points import reach
 from nbdbackup.daemon.chain_file import ChainFile, ChainRecord, State
 from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
 
@@ -147,6 +148,7 @@ class Chains:
         for record in records:
             if record.state is State.MAKING and last is not None:
                 _take_back(last, bitmaps.get(record.uuid))
+                reach("checkpoint.load.taken-back")
         await self._end_bitmaps([record for record in records if record.state is not State.MADE], bitmaps)
         found: list[DirtyBitmap] = list(bitmaps.values())
         chain = self.chain(node)
@@ -163,6 +165,7 @@ class Chains:
             bitmap = bitmaps.pop(record.uuid, None)
             if bitmap is not None and self.store is not None:
                 await self.store.remove(bitmap)
+                reach("checkpoint.load.removed")
             self.forget(record.uuid)
         if records:
             await self._write(self._records)

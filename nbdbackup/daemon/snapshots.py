@@ -19,6 +19,7 @@ from pathlib import Path
 from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze
 from nbdbackup.bitmap.node_bitmaps import check_changeable
 from nbdbackup.block.node import Node
+from nbdbackup.crash_points import reach
 from nbdbackup.daemon.graph import Entry, Graph
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots, info_at_rest, plan_of
 from nbdbackup.daemon.transaction import Action, run_transaction
@@ -192,6 +193,7 @@ class Snapshots:
                 continue
             snapshot = kept.snapshot
             await snapshot.drop()
+            reach("snapshot.drop.taken-out")
             if self.store is None or kept.stored is None:
                 logger.info("snapshot %s dropped", snapshot.export_name)
             elif self._ending[kept]:
@@ -384,6 +386,7 @@ class TakeSnapshot(Action):
         kept.frozen = [freeze.finish() for freeze in freezes]
         self._snapshots.graph.check_point_in_time(self._entry.node)
         kept.snapshot.insert()
+        reach("snapshot.create.inserted")
         if kept.stored is not None:
             kept.stored.go_live(kept.snapshot.created)
         if bitmap is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from nbdbackup.bitmap.file import failed
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.node import Node, drained
+from nbdbackup.crash_points import reach
 from nbdbackup.daemon.stored_bitmaps import SIGN_OF_LIFE_S, source_identity
 from nbdbackup.errors import ConflictError
 from nbdbackup.fleece.copy_before_write import OnCbwError
@@ -115,6 +116,7 @@ class StoredSnapshots:
             return
         try:
             await self._executor.run(os.ftruncate, scratch_fd, 0)
+            reach("snapshot.break.freed")
         finally:
             os.close(scratch_fd)
 

@@ -31,6 +31,7 @@ from nbdbackup.bitmap.file_format import cut
 from nbdbackup.bitmap.identity import SourceIdentity
 from nbdbackup.bitmap.store import current_boot_id
 from nbdbackup.block.file import FileDevice
+from nbdbackup.crash_points import reach
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
@@ -82,15 +83,18 @@ class StoredSnapshot:
         """It was taken, at `created`: from now on it is found after a crash. Cannot fail."""
         flags = self.header.flags | SnapshotFlags.LIVE
         self.file.write_header(replace(self.header, created=created, flags=flags))
+        reach("snapshot.create.live")
 
     def withdraw(self) -> None:
         """It is given up, or was not taken: from now on it is not found after a crash. Cannot fail."""
         self.file.write_header(replace(self.header, flags=self.header.flags & ~SnapshotFlags.LIVE))
+        reach("snapshot.drop.withdrawn")
 
     def note_broken(self, cause: OSError) -> None:
         """It is broken, whatever happens from now on. Cannot fail."""
         reason = cut(cause.strerror or str(cause), REASON_BYTES_MAX)
         self.file.write_header(replace(self.header, broken=reason))
+        reach("snapshot.break.noted")
 
     def save_clean(self, identity: SourceIdentity) -> None:
         """Nobody uses it or its source, which is as `identity` says, any more; blocks as fsync(2) does.
@@ -100,6 +104,7 @@ class StoredSnapshot:
         """
         os.fsync(self._scratch_fd)
         self.file.sync()
+        reach("snapshot.save.synced")
         header = replace(
             self.header,
             identity=identity,
@@ -108,6 +113,7 @@ class StoredSnapshot:
             maps_checksum=self.file.maps_checksum(),
         )
         self.file.write_header(header, sync=True)
+        reach("snapshot.save.saved")
 
     def remove(self) -> None:
         """Remove scratch and sidecar, of a snapshot that was withdrawn.
@@ -116,7 +122,9 @@ class StoredSnapshot:
             OSError: they cannot be removed; that is tried again when the directory is opened.
         """
         _remove_scratch(self.header)
+        reach("snapshot.remove.scratch")
         self.file.remove()
+        reach("snapshot.remove.sidecar")
 
     def dup_scratch(self) -> int | None:
         """Another descriptor of the scratch, the caller's to close; None: it was closed."""
@@ -196,6 +204,7 @@ class SnapshotStore:
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
             _remove_scratch(header)
+            reach("snapshot.open.scratch")
             path.unlink()
             logger.info("removed %s, which a crash had left half made or half dropped", path)
         except OSError as error:
@@ -228,14 +237,18 @@ class SnapshotStore:
             alive_ns=self._now_ns(),
         )
         file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
+        reach("snapshot.create.sidecar")
         try:
             fd = create_scratch_file(scratch_path, identity.size)
         except BaseException:
             file.remove()
             file.close()
             raise
+        reach("snapshot.create.scratch")
         file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
+        reach("snapshot.create.known")
         file.access().set_all()
+        reach("snapshot.create.made")
         snapshot = self._use(file, fd)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
@@ -282,6 +295,7 @@ class SnapshotStore:
             )
             # On disk before anybody writes to the source: what is there now would be believed.
             file.write_header(header, sync=True)
+            reach("snapshot.load.in-use")
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -307,6 +321,7 @@ class SnapshotStore:
         logger.error("snapshot %s is broken: %s", header.export_name, reason)
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
+        reach("snapshot.load.broken")
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
 
@@ -376,6 +391,7 @@ class SnapshotStore:
         found = self.at_rest[export_name]
         if found.header is not None:
             _remove_scratch(found.header)
+            reach("snapshot.remove-at-rest.scratch")
         with suppress(FileNotFoundError):
             found.path.unlink()
         del self.at_rest[export_name]
