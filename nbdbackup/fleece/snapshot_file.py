@@ -135,6 +135,11 @@ class SnapshotFile:
         """Everything that was stored before this call is on disk; blocks as fdatasync(2) does."""
         os.fdatasync(self._fd)
 
+    def rename(self, path: Path) -> None:
+        """Give it another name; there must be nothing of that name yet. Not on disk yet."""
+        os.rename(self.path, path)
+        self.path = path
+
     def remove(self) -> None:
         """Take away its name; the maps can be used until `close`. Nothing happens if it has none."""
         with suppress(FileNotFoundError):

@@ -1,6 +1,7 @@
 """SnapshotStore: the snapshots that outlive their server, a sidecar for each in one directory.
 
-    create    the sidecar, not LIVE; scratch; LIVE at the instant, while the node is drained
+    create    the sidecar, not LIVE, under another name; its name; scratch; LIVE at the instant, while the
+              node is drained
     drop      not LIVE; the filter is taken out; scratch is removed; the sidecar is removed
     stop      the filter is taken out; scratch and maps are synced; not IN_USE, with the source as it is then
     breaking  the reason is in the sidecar before the write that was not saved is forwarded
@@ -29,9 +30,10 @@ from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.file import failed, sync_directory
 from nbdbackup.bitmap.file_format import cut
 from nbdbackup.bitmap.identity import SourceIdentity
-from nbdbackup.bitmap.store import current_boot_id
+from nbdbackup.bitmap.store import NEW_SUFFIX, current_boot_id
 from nbdbackup.block.file import FileDevice
 from nbdbackup.crash_points import reach
+from nbdbackup.errors import ConflictError
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
@@ -181,8 +183,18 @@ class SnapshotStore:
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for snapshots") from error
         for path in paths:
-            if path.suffix == SUFFIX:
+            if path.suffix == NEW_SUFFIX:
+                self._tidy(path)
+            elif path.suffix == SUFFIX:
                 self._note(path)
+
+    def _tidy(self, path: Path) -> None:
+        """Remove a sidecar that a crash left before it was one: there is nothing beside it yet."""
+        try:
+            path.unlink()
+            reach("snapshot.open.tidied")
+        except OSError as error:
+            logger.error("cannot remove leftover %s: %s", path, error.strerror)
 
     def _note(self, path: Path) -> None:
         try:
@@ -236,8 +248,7 @@ class SnapshotStore:
             boot_id=self._boot_id,
             alive_ns=self._now_ns(),
         )
-        file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
-        reach("snapshot.create.sidecar")
+        file = self._create_sidecar(stem, header)
         try:
             fd = create_scratch_file(scratch_path, identity.size)
         except BaseException:
@@ -252,6 +263,22 @@ class SnapshotStore:
         snapshot = self._use(file, fd)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
+
+    def _create_sidecar(self, stem: str, header: SnapshotHeader) -> SnapshotFile:
+        """The sidecar, under its name from when it is whole on."""
+        path = self.directory / f"{stem}{SUFFIX}"
+        if path.exists():
+            raise ConflictError(f"snapshot file {path} exists already: move it away")
+        file = SnapshotFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
+        reach("snapshot.create.written")
+        try:
+            file.rename(path)
+        except OSError as error:
+            file.remove()
+            file.close()
+            raise failed(error, f"cannot make snapshot file {path}") from error
+        reach("snapshot.create.sidecar")
+        return file
 
     def load(self, node: str, identity: SourceIdentity) -> list[StoredSnapshot]:
         """The snapshots of `node`, whose source is as `identity` says, the oldest first, in use from now on.
