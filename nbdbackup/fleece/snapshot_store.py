@@ -105,6 +105,7 @@ class StoredSnapshot:
             OSError: it cannot be put on disk; it counts as in use until the next boot.
         """
         os.fsync(self._scratch_fd)
+        sync_directory(Path(self.header.scratch.path).parent)
         self.file.sync()
         reach("snapshot.save.synced")
         header = replace(

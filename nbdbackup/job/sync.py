@@ -22,6 +22,7 @@ from enum import Enum
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import check_no_checkpoint, check_usable
+from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.errors import UsageError
 
 
@@ -121,6 +122,11 @@ class FrozenBitmap:
             self.bitmap.merge_clusters(not_copied)
         else:
             self.thaw()
+
+    @property
+    def durable(self) -> bool:
+        """Whether the bitmap outlives a loss of power; what it forgets has to be on the source's disk."""
+        return isinstance(self.bitmap, StoredBitmap) and self.bitmap.durable
 
     @property
     def counts_what_was_copied(self) -> bool:
