@@ -93,6 +93,9 @@ class BitmapStore:
     def _note(self, path: Path) -> None:
         file = BitmapFile.open(path)
         file.close()
+        if HeaderFlags.REMOVED in file.header.flags:
+            _finish_removal(path)
+            return
         names = self._at_rest.setdefault(file.header.node, {})
         if (other := names.setdefault(file.header.name, path)) != path:
             raise ConflictError(
@@ -279,3 +282,11 @@ class BitmapStore:
         if max(len(node), len(name)) > NAME_PART_BYTES_MAX:
             return self.directory / f"{node[:NAME_PART_BYTES_MAX]}:{header.uuid.hex()}{SUFFIX}"
         return self.directory / f"{node}:{name}{SUFFIX}"
+
+
+def _finish_removal(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise failed(error, f"cannot remove bitmap file {path}, whose removal had begun") from error
+    reach("bitmap.open.removed")

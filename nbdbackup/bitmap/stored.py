@@ -8,6 +8,7 @@ If the process is killed between any two stores, the file says dirty of everythi
     reclaim           the successor's bits to the own plane; the spare one is cleared; the own counts alone
     clear             a copy to the spare plane; BOTH count; the own plane is cleared;
       and `forget`    the own one counts alone; the spare one is cleared
+    remove            the header says REMOVED; (writes go on unrecorded;) the file goes
 
 What a crash interrupts is found undone: frozen bits and the successor's together, cleared bits set again.
 
@@ -17,6 +18,7 @@ begun (`DurableMarks`).
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
@@ -161,10 +163,22 @@ class StoredBitmap(DirtyBitmap):
 
     def invalidate(self, reason: str) -> None:
         """Its bits are of no use from now on, and say so also when they are loaded again. Never fails."""
+        self._give_up(reason, self.file.header.flags)
+
+    def withdraw(self) -> None:
+        """It is to be removed: whatever befalls that, nobody finds it again. Never fails."""
+        self._give_up("it was being removed", self.file.header.flags | HeaderFlags.REMOVED)
+        reach("bitmap.remove.withdrawn")
+
+    def _give_up(self, reason: str, flags: HeaderFlags) -> None:
         self.inconsistent = reason
         self._enabled = False
         self._choose_plane()
-        self.file.write_header(replace(self.file.header, inconsistent=reason), sync=False)
+        # A disk that fails to sync loses what it may; nobody could do more about it.
+        with suppress(OSError):
+            self.file.write_header(
+                replace(self.file.header, inconsistent=reason, flags=flags), sync=self.durable
+            )
 
     def _write(self, flags: HeaderFlags) -> None:
         self.file.write_header(replace(self.file.header, flags=flags), sync=self.durable)

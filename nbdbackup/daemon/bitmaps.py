@@ -284,7 +284,7 @@ class RemoveBitmap(BitmapAction):
             self._bitmaps.withdraw(self.entry, self.bitmap)
         if isinstance(self.bitmap, StoredBitmap):
             # Should its file stay, because of a crash or an error: it does not record any more.
-            self.bitmap.invalidate("it was being removed")
+            self.bitmap.withdraw()
         self._is_removed = True
 
     async def clean(self) -> None:

@@ -209,7 +209,7 @@ class DeleteCheckpoint(BitmapAction):
         self._bitmaps.take_out(self.entry, self.bitmap)
         if isinstance(self.bitmap, StoredBitmap):
             # Should its file stay, because of an error: it does not record any more.
-            self.bitmap.invalidate("it was being removed")
+            self.bitmap.withdraw()
 
 
 class StoreChains(Action):
