@@ -23,7 +23,7 @@ def pieces(count: int) -> Iterator[tuple[int, int]]:
     rests = threading.current_thread() is not threading.main_thread()
     for first in range(0, count, _PIECE_BITS):
         if rests and first:
-            # The event loop would otherwise wait some milliseconds, and that once for each of its system calls.
+            # The event loop would otherwise wait some milliseconds for each of its system calls.
             time.sleep(_REST_S)
         yield first, min(first + _PIECE_BITS, count)
 
