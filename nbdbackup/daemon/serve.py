@@ -91,7 +91,14 @@ async def serve(options: ServeOptions) -> int:
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
         _raise_descriptor_limit()
-        server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
+        server = Server(
+            exports,
+            _listen(options, stack),
+            options.clients_max,
+            options.allowed,
+            tls,
+            poll_max_s=options.poll_max_us / 1e6,
+        )
         warn_if_open(server.listeners, options)
         try:
             return await _run(options, stack, state, graph, server, announcer, ending)
