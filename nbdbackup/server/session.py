@@ -183,8 +183,8 @@ class Session:
     def _poll(self) -> None:
         """Look for the next request for a moment: it is quicker than to be woken for it."""
         self._poll_scheduled = False
-        if not self._is_reading or self._in_flight:
-            return
+        if not self._is_reading or self._in_flight or self._payload is not None or len(self._received):
+            return  # what is on its way arrives in larger pieces if nobody is quick to take it
         limit = time.perf_counter() + self._poller.limit_s
         found = self._receive()
         while not found and self._is_reading and time.perf_counter() < limit:
