@@ -1,13 +1,31 @@
 """Long rows of bits, made without holding anybody up.
 
-A map of a disk of 16 TiB has 2**28 bits, 32 MiB: to fill it takes longer than a client should wait.
+A map of a disk of 16 TiB has 2**28 bits, 32 MiB: to fill it, or only to count it, takes longer than a client
+should wait, and no other thread runs meanwhile.
 """
 
 import mmap
+import threading
+import time
+from collections.abc import Iterator
 
 from bitarray import bitarray
 
 _PIECE_BITS = 1 << 22
+_REST_S = 50e-6
+
+
+def pieces(count: int) -> Iterator[tuple[int, int]]:
+    """First bit, and the one behind the last, of each piece of `count` bits: less than a millisecond's work.
+
+    In a thread other than the main one there is a rest after each: who waits to run does.
+    """
+    rests = threading.current_thread() is not threading.main_thread()
+    for first in range(0, count, _PIECE_BITS):
+        if rests and first:
+            # The event loop would otherwise wait some milliseconds for each of its system calls.
+            time.sleep(_REST_S)
+        yield first, min(first + _PIECE_BITS, count)
 
 
 def clear_plane(count: int) -> bitarray:
@@ -19,14 +37,16 @@ def clear_plane(count: int) -> bitarray:
 
 
 def set_plane(count: int) -> bitarray:
-    """`count` set bits, rounded up to whole bytes; those past `count` are clear.
-
-    Other threads run in between: called in one of its own, it stalls nobody.
-    """
+    """`count` set bits, rounded up to whole bytes; those past `count` are clear."""
     bits = clear_plane(count)
-    for first in range(0, count, _PIECE_BITS):
-        bits[first : min(first + _PIECE_BITS, count)] = 1
+    for first, stop in pieces(count):
+        bits[first:stop] = 1
     return bits
+
+
+def count_set(bits: bitarray) -> int:
+    """How many of `bits` are set."""
+    return sum(bits.count(1, first, stop) for first, stop in pieces(len(bits)))
 
 
 def rescale(bits: bitarray, unit: int, new_unit: int) -> bitarray:

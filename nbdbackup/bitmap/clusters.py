@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 from bitarray import bitarray
 
-from nbdbackup.bitmap.bits import clear_plane, set_plane
+from nbdbackup.bitmap.bits import clear_plane, count_set, pieces, set_plane
 from nbdbackup.extents import Extent
-
-_PIECE_CLUSTERS = 1 << 22
 
 
 class ClusterBitmap:
@@ -34,19 +32,23 @@ class ClusterBitmap:
         """
         bitmap = cls(0, cluster_bytes)
         bitmap.size, bitmap._bits = size, bitarray(buffer=memory, endian="big")
-        bitmap._count = bitmap._bits.count(1)
+        bitmap._count = count_set(bitmap._bits)
         return bitmap
 
     def set_all(self) -> None:
-        """Set every cluster, in pieces: other threads run in between."""
-        for first in range(0, self.size, _PIECE_CLUSTERS * self.cluster_bytes):
-            self.set(Extent(first, min(_PIECE_CLUSTERS * self.cluster_bytes, self.size - first)))
+        """Set every cluster."""
+        clusters = -(-self.size // self.cluster_bytes)
+        for first, stop in pieces(clusters):
+            self._bits[first:stop] = 1
+        self._count = clusters
 
     def minus(self, other: "ClusterBitmap") -> "ClusterBitmap":
         """A new one, in memory: what is set here and not in `other`, which is of the same device."""
-        result = self.copy()
-        result._bits &= ~other._bits
-        result._count = result._bits.count(1)
+        result = ClusterBitmap(self.size, self.cluster_bytes)
+        for first, stop in pieces(len(self._bits)):
+            bits = self._bits[first:stop] & ~other._bits[first:stop]
+            result._bits[first:stop] = bits
+            result._count += bits.count(1)
         return result
 
     def copy(self) -> "ClusterBitmap":

@@ -67,6 +67,8 @@ class Taken:
     temporary: bool = False
     may_break: bool = False
     broken: bool = False
+    holds: str = ""
+    """The bitmap that is frozen for it, as far as a restart has shown."""
 
 
 @dataclass
@@ -258,9 +260,10 @@ class World:
             self.claims.pop(name, None)
 
     def pull(self, *, succeeds: bool) -> None:
-        """Back up with the bitmap PULLED, by reading a snapshot."""
+        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if there is one."""
         self.add_bitmap(PULLED)
-        export = self.take_snapshot(bitmap=PULLED)
+        holding = [export for export, taken in self.taken.items() if taken.holds == PULLED]
+        export = holding[0] if holding else self.take_snapshot(bitmap=PULLED)
         if export is None:
             return
         if succeeds:
@@ -420,6 +423,7 @@ class World:
                 assert not taken.broken, f"{export} was broken, and is not any more"
                 self._see(export, taken)
             taken.promised, taken.dropping = True, False
+            taken.holds = str(info["bitmap"] or "")
 
     def _check_bitmaps(self) -> None:
         """Against the disk as it is."""
@@ -429,7 +433,9 @@ class World:
         assert isinstance(listed, list)
         bitmaps = {bitmap["name"]: bitmap for bitmap in listed}
         assert bitmaps.keys() - {PULLED, COPIED, MERGED} == set(chain)
-        assert not [bitmap for bitmap in bitmaps.values() if bitmap.get("inconsistent") or bitmap["busy"]]
+        assert not [bitmap for bitmap in bitmaps.values() if bitmap.get("inconsistent")]
+        held = {taken.holds for taken in self.taken.values()}
+        assert {name for name, bitmap in bitmaps.items() if bitmap["busy"]} == held - {""}
         assert all(bitmap["recording"] for name, bitmap in bitmaps.items() if name not in chain[:-1])
         for index, name in enumerate(chain):
             self._check_backup(name, chain[index:], self.claims.get(name), content)

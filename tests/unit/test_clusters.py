@@ -112,3 +112,22 @@ def test_a_map_over_memory_keeps_its_bits_there() -> None:
     assert (len(rest), rest.next_set(Extent(0, size))) == (0, None)
     again.clear(Extent(0, 2 * CLUSTER))
     assert memory[0] == 0x1F
+
+
+def test_what_is_done_in_pieces_is_done_to_the_last_cluster() -> None:
+    clusters = (1 << 22) * 2 + 5
+    size = clusters * 512 - 100
+    memory = bytearray(-(-clusters // 8))
+    full = ClusterBitmap.over(size, 512, memoryview(memory))
+    full.set_all()
+    done = ClusterBitmap(size, 512)
+    for offset in (0, (1 << 22) * 512, (clusters - 1) * 512):
+        done.set(Extent(offset, min(512, size - offset)))
+
+    rest = full.minus(done)
+
+    assert len(full) == len(ClusterBitmap.over(size, 512, memoryview(memory))) == clusters
+    assert memory[-1] == 0b1111_1000
+    assert len(rest) == clusters - 3 == rest.bits.count(1)
+    assert not any(rest.any(offset, 1) for offset in (0, (1 << 22) * 512, (clusters - 1) * 512))
+    assert rest.all(512, ((1 << 22) - 1) * 512)
