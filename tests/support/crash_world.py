@@ -260,7 +260,7 @@ class World:
             self.claims.pop(name, None)
 
     def pull(self, *, succeeds: bool) -> None:
-        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if there is one."""
+        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if any."""
         self.add_bitmap(PULLED)
         holding = [export for export, taken in self.taken.items() if taken.holds == PULLED]
         export = holding[0] if holding else self.take_snapshot(bitmap=PULLED)
