@@ -262,7 +262,7 @@ def latencies_ms(log: Path, began: float, ended: float) -> list[float]:
 
 
 def _wait_for_write(disk: Path, written_ns: int, process: "subprocess.Popen[str]") -> None:
-    """Return when `disk`, which was written to at `written_ns` last, is written to again by fio's `process`."""
+    """Return when `disk`, last written to at `written_ns`, is written to again, by fio's `process`."""
     while disk.stat().st_mtime_ns == written_ns:
         if process.poll() is not None:
             fio.finish(process)
