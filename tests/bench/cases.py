@@ -74,7 +74,6 @@ BITMAPS = (
     Ours("persistent bitmap", bitmap=()),
     Ours("power-safe bitmap", options=("--bitmap-durability", "power"), bitmap=()),
 )
-BITMAP_PAIRS = Pairs(base="no bitmap", expected={"persistent bitmap": 0.95})
 
 
 def _transfer(
@@ -206,16 +205,18 @@ def _others() -> Iterator[Case]:
 
 def _bitmaps() -> Iterator[Case]:
     """What it costs that changes are recorded, and that the record survives."""
+    kept = Pairs(base="no bitmap", expected={"persistent bitmap": 0.95})
+    unlimited = Pairs(base="no bitmap")
     for depth in (1, 16):
-        what = f"4 KiB random writes, depth {depth}, "
-        load = Transfer("randwrite", 4 * KIB, depth, ramp=False)
-        yield Case(
-            "bitmap", f"bitmap-clear-d{depth}", what + "from a clear bitmap on", BITMAPS, load, BITMAP_PAIRS
-        )
-        load = Transfer("randwrite", 4 * KIB, depth, touched=True)
-        yield Case(
-            "bitmap", f"bitmap-dirty-d{depth}", what + "all is dirty already", BITMAPS, load, BITMAP_PAIRS
-        )
+        clear = Transfer("randwrite", 4 * KIB, depth, ramp=False)
+        dirty = Transfer("randwrite", 4 * KIB, depth, touched=True)
+        for name, what, load, pairs in (
+            ("random", "from a clear bitmap on", clear, kept),
+            ("dirty", "all is dirty already", dirty, kept),
+            ("fresh", "each sets a bit", FreshClusters(depth), unlimited),
+        ):
+            words = f"4 KiB random writes, depth {depth}, {what}"
+            yield Case("bitmap", f"bitmap-{name}-d{depth}", words, BITMAPS, load, pairs)
 
 
 CASES = (

@@ -83,6 +83,11 @@ class Pairs:
     at_most: float | None = None
 
 
+def number(value: float) -> str:
+    """With three significant figures at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def spread(values: Sequence[float]) -> float:
     """(max - min) / median."""
     return (max(values) - min(values)) / statistics.median(values)

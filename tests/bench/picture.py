@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from tests.bench.figures import Row
+from tests.bench.figures import Row, number
 
 WIDTH = 900
 LABELS = 420
@@ -90,7 +90,7 @@ def _bar(row: Row, scale: Scale, y: int) -> list[str]:
         f' height="{LINE - 6}"/>',
         _line(left, middle, right, middle, "whisker"),
         *(_line(x, middle - 3, x, middle + 3, "whisker") for x in (left, right)),
-        _text(WIDTH - VALUES + MARGIN, middle + 4, f"{row.ratio:.2f}{wanted}", ""),
+        _text(WIDTH - VALUES + MARGIN, middle + 4, f"{number(row.ratio)}{wanted}", ""),
     ]
     if row.expected is not None:
         x = scale.x(row.expected)

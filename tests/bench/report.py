@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from tests.bench.figures import Row, spread
+from tests.bench.figures import Row, number, spread
 from tests.bench.runner import Results
 
 HEAD = (
@@ -33,7 +33,7 @@ def _line(row: Row) -> str:
     cells = [f"`{row.label}`", row.figure.unit, row.contender, *_median(row.values)]
     if row.peer:
         low, high = min(row.ratios), max(row.ratios)
-        cells += [row.peer, *_median(row.peer_values), f"{row.ratio:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells += [row.peer, *_median(row.peer_values), number(row.ratio), f"{number(low)} to {number(high)}"]
         cells.append("" if row.expected is None else f"at least {row.expected:g}")
     else:
         cells += ["", "", "", "", "", f"at most {row.expected:g}"]
@@ -42,11 +42,6 @@ def _line(row: Row) -> str:
 
 def _median(values: Sequence[float]) -> list[str]:
     return [number(statistics.median(values)), f"{spread(values):.0%}"]
-
-
-def number(value: float) -> str:
-    """With three figures that mean something, and never an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def dump(path: Path, about: Mapping[str, str], results: Results) -> None:
