@@ -20,11 +20,12 @@ from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.leftovers import Leftovers
+from nbdbackup.daemon.nodes.table import NodeWatcher
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
-from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
+from nbdbackup.daemon.stored_bitmaps import ReclaimUnheld, StoredBitmaps
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
@@ -91,7 +92,14 @@ async def serve(options: ServeOptions) -> int:
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
         _raise_descriptor_limit()
-        server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
+        server = Server(
+            exports,
+            _listen(options, stack),
+            options.clients_max,
+            options.allowed,
+            tls,
+            poll_max_s=options.poll_max_us / 1e6,
+        )
         warn_if_open(server.listeners, options)
         try:
             return await _run(options, stack, state, graph, server, announcer, ending)
@@ -117,6 +125,7 @@ async def _run(
     ending.server = server
     bitmaps = await _open_bitmaps(options, stack, state, graph, server.exports)
     snapshots = await _open_snapshots(stack, state, graph, server)
+    await _watch_nodes(graph, ReclaimUnheld())
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
@@ -168,15 +177,13 @@ async def _open_bitmaps(
     await stored.open()
     bitmaps = Bitmaps(graph, exports, stored)
     await bitmaps.chains.open()
-    graph.watchers.append(bitmaps)
 
     async def release() -> None:
         for node in graph:
             await bitmaps.release(graph.entry(node.name))
 
     stack.push_async_callback(release)
-    for node in graph:
-        await bitmaps.load(graph.entry(node.name))
+    await _watch_nodes(graph, bitmaps)
     return bitmaps
 
 
@@ -188,11 +195,16 @@ async def _open_snapshots(
     stack.callback(stored.close)
     await stored.open()
     snapshots = Snapshots(graph, server, state.scratch, stored)
-    graph.watchers.append(snapshots)
     stack.push_async_callback(snapshots.close)
-    for node in graph:
-        await snapshots.load(graph.entry(node.name))
+    await _watch_nodes(graph, snapshots)
     return snapshots
+
+
+async def _watch_nodes(graph: Graph, watcher: NodeWatcher) -> None:
+    """Let `watcher` know of the nodes that there are, and of those that come and go."""
+    graph.watchers.append(watcher)
+    for node in graph:
+        await watcher.load(graph.entry(node.name))
 
 
 async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:
