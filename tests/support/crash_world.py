@@ -429,9 +429,7 @@ class World:
         """Against the disk as it is."""
         assert self.qmp is not None
         content, chain = self.disk.read_bytes(), self.checkpoints()
-        listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
-        assert isinstance(listed, list)
-        bitmaps = {bitmap["name"]: bitmap for bitmap in listed}
+        bitmaps = self._bitmaps()
         assert bitmaps.keys() - {PULLED, COPIED, MERGED} == set(chain)
         assert not [bitmap for bitmap in bitmaps.values() if bitmap.get("inconsistent")]
         held = {taken.holds for taken in self.taken.values()}
@@ -444,6 +442,13 @@ class World:
                 self._check_backup(name, [name], self.claims.get(name), content)
         if COPIED in bitmaps and self.increments_valid:
             self._check_backup(COPIED, [COPIED], self.increments.read_bytes(), content)
+
+    def _bitmaps(self) -> dict[str, dict[str, object]]:
+        """What is listed of each of the disk's; a successor, which has no name, left out."""
+        assert self.qmp is not None
+        listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
+        assert isinstance(listed, list)
+        return {bitmap["name"]: bitmap for bitmap in listed if "name" in bitmap}
 
     def _check_backup(self, name: str, bitmaps: Sequence[str], backup: bytes | None, content: bytes) -> None:
         if backup is None:
@@ -480,9 +485,7 @@ class World:
         state = self.server.state_dir
         assert _names(state) <= {"bitmaps", "lock", "partials", "scratch", "snapshots", "version"}
         assert _names(state / "partials") == set()
-        listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
-        assert isinstance(listed, list)
-        bitmaps = {f"disk:{bitmap['name']}.bitmap" for bitmap in listed}
+        bitmaps = {f"disk:{name}.bitmap" for name in self._bitmaps()}
         assert _names(state / "bitmaps") - {"checkpoints.json"} == bitmaps
         assert _names(state / "snapshots") == {f"{export}.snapshot" for export in self.taken}
         scratch = [name.rsplit(".", 2)[0] for name in _names(state / "scratch")]
