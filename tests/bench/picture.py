@@ -34,7 +34,7 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
 
 
 class Scale:
-    """From a ratio to pixels from the left: as much as `rows` need of `STEPS`, and one to either side of 1."""
+    """From a ratio to pixels from the left: what `rows` need of `STEPS`, and one to either side of 1."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         found = [0.5, 2.0]
