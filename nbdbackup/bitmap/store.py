@@ -93,6 +93,8 @@ class BitmapStore:
     def _note(self, path: Path) -> None:
         file = BitmapFile.open(path)
         file.close()
+        if HeaderFlags.COPY in file.header.flags:
+            raise ConflictError(f"{path} is what a snapshot shows of a bitmap, not a bitmap: move it away")
         names = self._at_rest.setdefault(file.header.node, {})
         if (other := names.setdefault(file.header.name, path)) != path:
             raise ConflictError(

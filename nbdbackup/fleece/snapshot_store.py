@@ -8,7 +8,7 @@
 So whatever a crash interrupts, what is found is a whole snapshot, or one that is not LIVE: that is removed
 when the directory is opened. A snapshot is loaded for the node of its name. It is broken, with the reason and
 for good, if the machine went down while it was in use, or if its source or scratch is not what it was
-(`bitmap.identity` has what can be seen of that).
+(`bitmap.identity` has what can be seen of that). What it shows of bitmaps is beside it (`frozen_copies`).
 
 A sidecar that cannot be understood is left as it is and listed with the reason; the others are served.
 """
@@ -18,7 +18,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,6 +33,7 @@ from nbdbackup.bitmap.store import current_boot_id
 from nbdbackup.block.file import FileDevice
 from nbdbackup.crash_points import reach
 from nbdbackup.extents import Extent
+from nbdbackup.fleece.frozen_copies import BitmapToCopy, FrozenCopies, is_copy_without, remove_copies
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
 from nbdbackup.fleece.snapshot_format import (
@@ -68,9 +69,10 @@ class SnapshotAtRest:
 class StoredSnapshot:
     """A snapshot in use, with its sidecar `file` and `scratch`; `scratch` is its user's to close."""
 
-    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int) -> None:
-        """`scratch_fd` is the same file's, and this object's to close."""
+    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int, copies: FrozenCopies) -> None:
+        """`scratch_fd` is the same file's, and this object's to close; so are `copies`."""
         self.file = file
+        self.copies = copies
         self.scratch = scratch
         self._scratch_fd = scratch_fd
 
@@ -102,6 +104,7 @@ class StoredSnapshot:
             OSError: it cannot be put on disk; it counts as in use until the next boot.
         """
         os.fsync(self._scratch_fd)
+        self.copies.save_clean()
         self.file.sync()
         header = replace(
             self.header,
@@ -119,6 +122,7 @@ class StoredSnapshot:
             OSError: they cannot be removed; that is tried again when the directory is opened.
         """
         _remove_scratch(self.header)
+        remove_copies(self.file.path)
         self.file.remove()
 
     def dup_scratch(self) -> int | None:
@@ -130,6 +134,7 @@ class StoredSnapshot:
         if self._scratch_fd >= 0:
             os.close(self._scratch_fd)
             self._scratch_fd = -1
+            self.copies.close()
             self.file.close()
 
 
@@ -144,6 +149,7 @@ class NewSnapshot:
     scratch_bytes_max: int | None
     on_cbw_error: str
     cbw_timeout_s: float
+    bitmaps: Sequence[BitmapToCopy] = ()
 
 
 class SnapshotStore:
@@ -178,6 +184,10 @@ class SnapshotStore:
         for path in paths:
             if path.suffix == SUFFIX:
                 self._note(path)
+        for path in paths:
+            if is_copy_without(path, SUFFIX):
+                with suppress(OSError):
+                    path.unlink()
 
     def _note(self, path: Path) -> None:
         try:
@@ -199,6 +209,7 @@ class SnapshotStore:
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
             _remove_scratch(header)
+            remove_copies(path)
             path.unlink()
             logger.info("removed %s, which a crash had left half made or half dropped", path)
         except OSError as error:
@@ -232,14 +243,17 @@ class SnapshotStore:
         )
         file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
         try:
+            copies = FrozenCopies.create(file.path, header, new.bitmaps)
             fd = create_scratch_file(scratch_path, identity.size)
         except BaseException:
+            with suppress(OSError):
+                remove_copies(file.path)
             file.remove()
             file.close()
             raise
         file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
         file.access().set_all()
-        snapshot = self._use(file, fd)
+        snapshot = self._use(file, fd, copies)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
 
@@ -291,17 +305,17 @@ class SnapshotStore:
             file.close()
             raise failed(error, f"cannot use snapshot file {path}") from error
         del self.at_rest[header.export_name]
-        snapshot = self._use(file, fd)
+        snapshot = self._use(file, fd, FrozenCopies.load(path, header))
         snapshot.scratch.count(_stored_clusters(fd, header))
         return snapshot
 
-    def _use(self, file: SnapshotFile, fd: int) -> StoredSnapshot:
+    def _use(self, file: SnapshotFile, fd: int, copies: FrozenCopies) -> StoredSnapshot:
         """Takes over `fd`."""
         header = file.header
         title = f"scratch of {header.export_name}"
         device = FileDevice(os.dup(fd), title, header.identity.size)
         scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
-        snapshot = StoredSnapshot(file, scratch, fd)
+        snapshot = StoredSnapshot(file, scratch, fd, copies)
         self._in_use.add(snapshot)
         return snapshot
 
@@ -379,6 +393,7 @@ class SnapshotStore:
         found = self.at_rest[export_name]
         if found.header is not None:
             _remove_scratch(found.header)
+        remove_copies(found.path)
         with suppress(FileNotFoundError):
             found.path.unlink()
         del self.at_rest[export_name]
