@@ -16,6 +16,7 @@ A sidecar that cannot be understood is left as it is and listed with the reason;
 import hashlib
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -201,6 +202,9 @@ class SnapshotStore:
                 self._clear_away(path, header)
                 return
             found = SnapshotAtRest(path, header.export_name, header.broken, header)
+            if header.broken:
+                # The crash may have come before that was done.
+                _free_scratch(header)
         if self.at_rest.setdefault(found.export_name, found) is not found:
             logger.error("%s is another snapshot %s: move one away", path, found.export_name)
         elif found.cause:
@@ -324,6 +328,7 @@ class SnapshotStore:
         logger.error("snapshot %s is broken: %s", header.export_name, reason)
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
+        _free_scratch(header)
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
 
@@ -447,6 +452,24 @@ def _remove_scratch(header: SnapshotHeader) -> None:
         path.unlink()
     else:
         logger.warning("%s may be scratch of snapshot %s: left as it is", path, header.export_name)
+
+
+def _free_scratch(header: SnapshotHeader) -> None:
+    """Give back what the scratch of a broken snapshot takes, if it is surely that. Never fails."""
+    expected = header.scratch
+    try:
+        fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        status = os.fstat(fd)
+        if status.st_ino == expected.inode and stat.S_ISREG(status.st_mode) and status.st_size:
+            os.ftruncate(fd, 0)
+            logger.info("scratch %s of snapshot %s is given back", expected.path, header.export_name)
+    except OSError as error:
+        logger.warning("scratch %s: %s", expected.path, error.strerror)
+    finally:
+        os.close(fd)
 
 
 def _stored_clusters(fd: int, header: SnapshotHeader) -> ClusterBitmap:
