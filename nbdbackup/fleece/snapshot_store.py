@@ -219,6 +219,12 @@ class SnapshotStore:
         except OSError as error:
             logger.error("cannot remove leftover %s: %s", path, error.strerror)
 
+    def scratch_directories(self) -> set[Path]:
+        """Where the scratch of snapshots is, as far as that is known."""
+        headers = [snapshot.header for snapshot in self._in_use]
+        headers += [found.header for found in self.at_rest.values() if found.header is not None]
+        return {Path(header.scratch.path).parent for header in headers}
+
     def create(self, new: NewSnapshot, identity: SourceIdentity) -> StoredSnapshot:
         """Make what a snapshot needs; it is one when it goes live, and gone with the process until then.
 

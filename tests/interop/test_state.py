@@ -84,7 +84,11 @@ def test_bitmaps_of_a_node_that_is_not_served_are_kept_until_clean(
     assert "disk:c1.bitmap is no leftover (see nbdbackup state list)" in refused.stderr
     server.cli("state", "clean", paths[0])
     assert leftovers(server) == [("bitmap", paths[1])]
-    server.cli("state", "clean")
+    kept = server.cli("state", "clean")
+    assert (kept.stdout, kept.stderr) == ("", "1 kept (see nbdbackup state list): name them, or say --all\n")
+    assert leftovers(server) == [("bitmap", paths[1])]
+    server.cli("state", "clean", "--all")
+    assert leftovers(server) == []
     server.stop()
     server = serve(state_dir=state, disk=disk, other=other)
     listed = json.loads(server.cli("checkpoint", "list", "--json").stdout)
