@@ -80,7 +80,9 @@ class HeaderFlags(IntFlag):
     """What is set in the other plane is dirty too."""
     POWER = 16
     """Every bit was on disk before the write that it stands for was begun."""
-    COPY = 32
+    REMOVED = 32
+    """Its removal has begun: it records no more, and the file goes when the directory is opened."""
+    COPY = 64
     """It is no bitmap, but what one was at the instant of the holder, a snapshot."""
 
 

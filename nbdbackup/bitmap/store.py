@@ -84,6 +84,7 @@ class BitmapStore:
             for path in paths:
                 if path.suffix == NEW_SUFFIX:
                     path.unlink()
+                    reach("bitmap.open.tidied")
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for bitmaps") from error
         for path in paths:
@@ -95,6 +96,9 @@ class BitmapStore:
         file.close()
         if HeaderFlags.COPY in file.header.flags:
             raise ConflictError(f"{path} is what a snapshot shows of a bitmap, not a bitmap: move it away")
+        if HeaderFlags.REMOVED in file.header.flags:
+            _finish_removal(path)
+            return
         names = self._at_rest.setdefault(file.header.node, {})
         if (other := names.setdefault(file.header.name, path)) != path:
             raise ConflictError(
@@ -123,6 +127,7 @@ class BitmapStore:
         for node, name, known in self.at_rest():
             if known == path:
                 path.unlink(missing_ok=True)
+                reach("bitmap.clean.unlinked")
                 del self._at_rest[node][name]
                 return node
         raise NotFoundError(f"bitmap file {path} is in use, or gone")
@@ -152,6 +157,7 @@ class BitmapStore:
         )
         path = self._path(header)
         file = BitmapFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
+        reach("bitmap.create.made")
         bitmap = StoredBitmap(file, self._run)
         self._loaded.add(bitmap)
         return bitmap
@@ -169,6 +175,7 @@ class BitmapStore:
             bitmap.file.rename(path)
         except OSError as error:
             raise failed(error, f"cannot rename {bitmap.file.path} to {path}") from error
+        reach("bitmap.publish.renamed")
 
     def load(self, node: str, identity: SourceIdentity) -> list[StoredBitmap]:
         """Every bitmap of `node`, whose source is as `identity` says, in use from now on.
@@ -220,6 +227,7 @@ class BitmapStore:
             OSError: the file cannot be removed.
         """
         bitmap.file.remove()
+        reach("bitmap.remove.unlinked")
         self._loaded.discard(bitmap)
 
     def sync_directory(self) -> None:
@@ -283,3 +291,11 @@ class BitmapStore:
         if max(len(node), len(name)) > NAME_PART_BYTES_MAX:
             return self.directory / f"{node[:NAME_PART_BYTES_MAX]}:{header.uuid.hex()}{SUFFIX}"
         return self.directory / f"{node}:{name}{SUFFIX}"
+
+
+def _finish_removal(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise failed(error, f"cannot remove bitmap file {path}, whose removal had begun") from error
+    reach("bitmap.open.removed")

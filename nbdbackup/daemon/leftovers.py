@@ -21,7 +21,7 @@ from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.fleece.scratch import NAMED_PREFIX
-from nbdbackup.fleece.snapshot_store import scratch_bytes_used
+from nbdbackup.fleece.stored_scratch import scratch_bytes_used
 from nbdbackup.monitor.services_state import LeftoverInfo
 
 BLOCK_BYTES = 512

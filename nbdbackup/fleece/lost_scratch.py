@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdbackup.fleece.snapshot_file import SnapshotFile
-from nbdbackup.fleece.snapshot_store import SCRATCH_SUFFIX, SUFFIX
+from nbdbackup.fleece.snapshot_store import SUFFIX
+from nbdbackup.fleece.stored_scratch import SCRATCH_SUFFIX
 
 _NAME = re.compile(rf"(?P<stem>.+)\.(?P<uuid>[0-9a-f]{{32}}){re.escape(SCRATCH_SUFFIX)}")
 

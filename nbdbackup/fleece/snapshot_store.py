@@ -1,6 +1,7 @@
 """SnapshotStore: the snapshots that outlive their server, a sidecar for each in one directory.
 
-    create    the sidecar, not LIVE; scratch; LIVE at the instant, while the node is drained
+    create    the sidecar, not LIVE, under another name; its name; scratch; LIVE at the instant, while the
+              node is drained
     drop      not LIVE; the filter is taken out; scratch is removed; the sidecar is removed
     stop      the filter is taken out; scratch and maps are synced; not IN_USE, with the source as it is then
     breaking  the reason is in the sidecar before the write that was not saved is forwarded
@@ -16,7 +17,6 @@ A sidecar that cannot be understood is left as it is and listed with the reason;
 import hashlib
 import logging
 import os
-import stat
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -26,14 +26,13 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.file import failed, sync_directory
 from nbdbackup.bitmap.file_format import cut
 from nbdbackup.bitmap.identity import SourceIdentity
-from nbdbackup.bitmap.store import current_boot_id
+from nbdbackup.bitmap.store import NEW_SUFFIX, current_boot_id
 from nbdbackup.block.file import FileDevice
 from nbdbackup.crash_points import reach
-from nbdbackup.extents import Extent
+from nbdbackup.errors import ConflictError
 from nbdbackup.fleece.frozen_copies import BitmapToCopy, FrozenCopies, is_copy_without, remove_copies
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
@@ -44,11 +43,18 @@ from nbdbackup.fleece.snapshot_format import (
     SnapshotHeader,
     check_storable,
 )
+from nbdbackup.fleece.stored_scratch import (
+    SCRATCH_SUFFIX,
+    free_scratch,
+    open_stored_scratch,
+    remove_scratch,
+    scratch_identity,
+    stored_clusters,
+)
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".snapshot"
-SCRATCH_SUFFIX = ".scratch"
 NAME_PART_BYTES_MAX = 80
 
 _WENT_DOWN = "the machine went down while the snapshot was in use, and nobody knows what had reached the disk"
@@ -97,6 +103,7 @@ class StoredSnapshot:
         """It is broken, whatever happens from now on. Cannot fail."""
         reason = cut(cause.strerror or str(cause), REASON_BYTES_MAX)
         self.file.write_header(replace(self.header, broken=reason))
+        reach("snapshot.break.noted")
 
     def save_clean(self, identity: SourceIdentity) -> None:
         """Nobody uses it or its source, which is as `identity` says, any more; blocks as fsync(2) does.
@@ -105,16 +112,19 @@ class StoredSnapshot:
             OSError: it cannot be put on disk; it counts as in use until the next boot.
         """
         os.fsync(self._scratch_fd)
+        sync_directory(Path(self.header.scratch.path).parent)
         self.copies.save_clean()
         self.file.sync()
+        reach("snapshot.save.synced")
         header = replace(
             self.header,
             identity=identity,
-            scratch=_identity(self.header.scratch.path, os.fstat(self._scratch_fd)),
+            scratch=scratch_identity(self.header.scratch.path, os.fstat(self._scratch_fd)),
             flags=self.header.flags & ~SnapshotFlags.IN_USE,
             maps_checksum=self.file.maps_checksum(),
         )
         self.file.write_header(header, sync=True)
+        reach("snapshot.save.saved")
 
     def remove(self) -> None:
         """Remove scratch and sidecar, of a snapshot that was withdrawn.
@@ -122,9 +132,11 @@ class StoredSnapshot:
         Raises:
             OSError: they cannot be removed; that is tried again when the directory is opened.
         """
-        _remove_scratch(self.header)
+        remove_scratch(self.header)
+        reach("snapshot.remove.scratch")
         remove_copies(self.file.path)
         self.file.remove()
+        reach("snapshot.remove.sidecar")
 
     def dup_scratch(self) -> int | None:
         """Another descriptor of the scratch, the caller's to close; None: it was closed."""
@@ -183,12 +195,22 @@ class SnapshotStore:
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for snapshots") from error
         for path in paths:
-            if path.suffix == SUFFIX:
+            if path.suffix == NEW_SUFFIX:
+                self._tidy(path)
+            elif path.suffix == SUFFIX:
                 self._note(path)
         for path in paths:
             if is_copy_without(path, SUFFIX):
                 with suppress(OSError):
                     path.unlink()
+
+    def _tidy(self, path: Path) -> None:
+        """Remove a sidecar that a crash left before it was one: there is nothing beside it yet."""
+        try:
+            path.unlink()
+            reach("snapshot.open.tidied")
+        except OSError as error:
+            logger.error("cannot remove leftover %s: %s", path, error.strerror)
 
     def _note(self, path: Path) -> None:
         try:
@@ -204,7 +226,7 @@ class SnapshotStore:
             found = SnapshotAtRest(path, header.export_name, header.broken, header)
             if header.broken:
                 # The crash may have come before that was done.
-                _free_scratch(header)
+                free_scratch(header)
         if self.at_rest.setdefault(found.export_name, found) is not found:
             logger.error("%s is another snapshot %s: move one away", path, found.export_name)
         elif found.cause:
@@ -212,7 +234,8 @@ class SnapshotStore:
 
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
-            _remove_scratch(header)
+            remove_scratch(header)
+            reach("snapshot.open.scratch")
             remove_copies(path)
             path.unlink()
             logger.info("removed %s, which a crash had left half made or half dropped", path)
@@ -251,7 +274,7 @@ class SnapshotStore:
             boot_id=self._boot_id,
             alive_ns=self._now_ns(),
         )
-        file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
+        file = self._create_sidecar(stem, header)
         try:
             copies = FrozenCopies.create(file.path, header, new.bitmaps)
             fd = create_scratch_file(scratch_path, identity.size)
@@ -261,11 +284,30 @@ class SnapshotStore:
             file.remove()
             file.close()
             raise
-        file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
+        reach("snapshot.create.scratch")
+        file.write_header(replace(header, scratch=scratch_identity(str(scratch_path), os.fstat(fd))))
+        reach("snapshot.create.known")
         file.access().set_all()
+        reach("snapshot.create.made")
         snapshot = self._use(file, fd, copies)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
+
+    def _create_sidecar(self, stem: str, header: SnapshotHeader) -> SnapshotFile:
+        """The sidecar, under its name from when it is whole on."""
+        path = self.directory / f"{stem}{SUFFIX}"
+        if path.exists():
+            raise ConflictError(f"snapshot file {path} exists already: move it away")
+        file = SnapshotFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
+        reach("snapshot.create.written")
+        try:
+            file.rename(path)
+        except OSError as error:
+            file.remove()
+            file.close()
+            raise failed(error, f"cannot make snapshot file {path}") from error
+        reach("snapshot.create.sidecar")
+        return file
 
     def load(self, node: str, identity: SourceIdentity) -> list[StoredSnapshot]:
         """The snapshots of `node`, whose source is as `identity` says, the oldest first, in use from now on.
@@ -298,7 +340,7 @@ class SnapshotStore:
             header = file.header
             reason = self._doubt(file, identity)
             if not reason:
-                fd, reason = self._open_scratch(header)
+                fd, reason = open_stored_scratch(header, header.boot_id == self._boot_id)
             if reason:
                 self._break(file, reason)
                 file.close()
@@ -309,6 +351,7 @@ class SnapshotStore:
             )
             # On disk before anybody writes to the source: what is there now would be believed.
             file.write_header(header, sync=True)
+            reach("snapshot.load.in-use")
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -316,7 +359,7 @@ class SnapshotStore:
             raise failed(error, f"cannot use snapshot file {path}") from error
         del self.at_rest[header.export_name]
         snapshot = self._use(file, fd, FrozenCopies.load(path, header))
-        snapshot.scratch.count(_stored_clusters(fd, header))
+        snapshot.scratch.count(stored_clusters(fd, header))
         return snapshot
 
     def _use(self, file: SnapshotFile, fd: int, copies: FrozenCopies) -> StoredSnapshot:
@@ -334,7 +377,8 @@ class SnapshotStore:
         logger.error("snapshot %s is broken: %s", header.export_name, reason)
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
-        _free_scratch(header)
+        reach("snapshot.load.broken")
+        free_scratch(header)
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
 
@@ -353,31 +397,6 @@ class SnapshotStore:
         if change := header.identity.change_since_stop(identity):
             return change
         return "" if header.maps_checksum == file.maps_checksum() else f"the maps in {file.path} were damaged"
-
-    def _open_scratch(self, header: SnapshotHeader) -> tuple[int, str]:
-        """The scratch, open, and ""; or -1 and why it cannot be used."""
-        expected = header.scratch
-        try:
-            fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            return -1, f"its scratch {expected.path} cannot be opened: {error.strerror}"
-        status = os.fstat(fd)
-        reason = ""
-        same_boot = header.boot_id == self._boot_id
-        if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
-            reason = f"its scratch {expected.path} is another file"
-        elif status.st_size != header.identity.size:
-            reason = (
-                f"its scratch {expected.path} was {header.identity.size} bytes long, and is {status.st_size}"
-            )
-        elif SnapshotFlags.IN_USE not in header.flags and (
-            (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
-        ):
-            reason = f"its scratch {expected.path} was changed while no server used it"
-        if reason:
-            os.close(fd)
-            return -1, reason
-        return fd, ""
 
     def retire(self, snapshot: StoredSnapshot) -> None:
         """`snapshot` is about to be released or removed: no sign of life of it any more. Never blocks."""
@@ -403,7 +422,8 @@ class SnapshotStore:
         """
         found = self.at_rest[export_name]
         if found.header is not None:
-            _remove_scratch(found.header)
+            remove_scratch(found.header)
+            reach("snapshot.remove-at-rest.scratch")
         remove_copies(found.path)
         with suppress(FileNotFoundError):
             found.path.unlink()
@@ -420,14 +440,6 @@ class SnapshotStore:
             snapshot.file.write_sign_of_life(now_ns)
 
 
-def scratch_bytes_used(header: SnapshotHeader) -> int:
-    """What the scratch of a snapshot at rest takes."""
-    try:
-        return os.stat(header.scratch.path).st_blocks * 512
-    except OSError:
-        return 0
-
-
 def _stem(node: str, name: str) -> str:
     """A file name that people recognise, and that no other snapshot has."""
     quoted = [quote(part, safe=" ") for part in (node, name)]
@@ -435,59 +447,3 @@ def _stem(node: str, name: str) -> str:
         return "@".join(quoted)
     digest = hashlib.sha256(f"{node}@{name}".encode()).hexdigest()[:16]
     return "@".join(part[:60] for part in quoted) + f"~{digest}"
-
-
-def _identity(path: str, status: os.stat_result) -> ScratchIdentity:
-    return ScratchIdentity(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _remove_scratch(header: SnapshotHeader) -> None:
-    """Remove the scratch of `header`, if what has its name is surely that.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    path = Path(header.scratch.path)
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    # Killed between making it and noting which one it is: nobody else makes files with this uuid.
-    is_named_ours = path.name.endswith(f".{header.uuid.hex()}{SCRATCH_SUFFIX}")
-    if status.st_ino == header.scratch.inode or is_named_ours:
-        path.unlink()
-    else:
-        logger.warning("%s may be scratch of snapshot %s: left as it is", path, header.export_name)
-
-
-def _free_scratch(header: SnapshotHeader) -> None:
-    """Give back what the scratch of a broken snapshot takes, if it is surely that. Never fails."""
-    expected = header.scratch
-    try:
-        fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        status = os.fstat(fd)
-        if status.st_ino == expected.inode and stat.S_ISREG(status.st_mode) and status.st_size:
-            os.ftruncate(fd, 0)
-            logger.info("scratch %s of snapshot %s is given back", expected.path, header.export_name)
-    except OSError as error:
-        logger.warning("scratch %s: %s", expected.path, error.strerror)
-    finally:
-        os.close(fd)
-
-
-def _stored_clusters(fd: int, header: SnapshotHeader) -> ClusterBitmap:
-    """The clusters that take room in the file."""
-    size, cluster = header.identity.size, header.cluster_bytes
-    stored = ClusterBitmap(size, cluster)
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError:
-            break
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        stored.set(Extent(start, position - start).aligned_out(cluster, size))
-    return stored
