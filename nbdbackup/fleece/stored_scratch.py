@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.identity import was_changed_after
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.snapshot_format import ScratchIdentity, SnapshotFlags, SnapshotHeader
 
@@ -38,6 +39,8 @@ def open_stored_scratch(header: SnapshotHeader, same_boot: bool) -> tuple[int, s
         (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
     ):
         reason = f"its scratch {expected.path} was changed while no server used it"
+    elif SnapshotFlags.IN_USE in header.flags and was_changed_after(status.st_mtime_ns, header.alive_ns):
+        reason = f"its scratch {expected.path} was changed after the server that used it had died"
     if reason:
         os.close(fd)
         return -1, reason
