@@ -309,7 +309,7 @@ class World:
 
     def clean(self) -> None:
         """Remove leftovers."""
-        answer = self.ask("x-nbdbackup-clean-leftovers")
+        answer = self.ask("x-nbdbackup-clean-leftovers", all=True)
         assert succeeded(answer), answer
 
     # Steps: jobs.
@@ -487,7 +487,10 @@ class World:
         assert _names(state / "partials") == set()
         bitmaps = {f"disk:{name}.bitmap" for name in self._bitmaps()}
         assert _names(state / "bitmaps") - {"checkpoints.json"} == bitmaps
-        assert _names(state / "snapshots") == {f"{export}.snapshot" for export in self.taken}
+        sidecars = {name for name in _names(state / "snapshots") if name.endswith(".snapshot")}
+        assert sidecars == {f"{export}.snapshot" for export in self.taken}
+        copies = _names(state / "snapshots") - sidecars
+        assert {name.rpartition(".bitmap")[0] for name in copies} <= sidecars
         scratch = [name.rsplit(".", 2)[0] for name in _names(state / "scratch")]
         assert len(scratch) == len(set(scratch))
         # Of one that is broken, a drop that was interrupted may have removed the scratch.
