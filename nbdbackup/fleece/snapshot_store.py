@@ -16,12 +16,14 @@ A sidecar that cannot be understood is left as it is and listed with the reason;
 import hashlib
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -48,7 +50,7 @@ SUFFIX = ".snapshot"
 SCRATCH_SUFFIX = ".scratch"
 NAME_PART_BYTES_MAX = 80
 
-_WENT_DOWN = "the machine went down while the snapshot was in use, and nobody knows what had reached the disk"
+_WENT_DOWN = "the machine went down while it was in use, and nobody knows what had reached the disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,22 @@ class SnapshotAtRest:
 
 
 class StoredSnapshot:
-    """A snapshot in use, with its sidecar `file` and `scratch`; `scratch` is its user's to close."""
+    """A snapshot in use, with its sidecar `file`."""
 
-    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int) -> None:
-        """`scratch_fd` is the same file's, and this object's to close."""
+    def __init__(self, file: SnapshotFile, scratch_fd: int) -> None:
+        """`scratch_fd` is open on the scratch, and this object's to close."""
         self.file = file
-        self.scratch = scratch
         self._scratch_fd = scratch_fd
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """Its scratch, its user's to close. Making it, for the first user, blocks as file I/O does."""
+        header = self.file.header
+        title = f"scratch of {header.export_name}"
+        device = FileDevice(os.dup(self._scratch_fd), title, header.identity.size)
+        scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
+        scratch.count(_stored_clusters(self._scratch_fd, header))
+        return scratch
 
     @property
     def header(self) -> SnapshotHeader:
@@ -132,7 +143,11 @@ class StoredSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NewSnapshot:
-    """What a snapshot shall be; `place` is a directory for its scratch, or the new file."""
+    """What a snapshot shall be; `place` is a directory for its scratch, or the new file.
+
+    With `held_fd` it is open there, its user's to close, and saved to as it is. If it `is_foreign` it stays
+    when the snapshot goes. With `access_all` false nothing is wanted at first.
+    """
 
     node: str
     name: str
@@ -141,10 +156,18 @@ class NewSnapshot:
     scratch_bytes_max: int | None
     on_cbw_error: str
     cbw_timeout_s: float
+    held_fd: int | None = None
+    is_foreign: bool = False
+    access_all: bool = True
+    own_id: uuid.UUID = field(default_factory=uuid.uuid4)
 
 
 class SnapshotStore:
     """The snapshots in `directory`, which this process alone uses. Every method blocks as file I/O does."""
+
+    what = "snapshot"
+    what_saves = "scratch"
+    """What a person calls them, and the files that the clusters are saved in."""
 
     def __init__(
         self,
@@ -177,6 +200,7 @@ class SnapshotStore:
                 self._note(path)
 
     def _note(self, path: Path) -> None:
+        """Look at a sidecar: list it, or clear away what a crash left half done."""
         try:
             file = SnapshotFile.open(path)
         except OSError as error:
@@ -189,9 +213,9 @@ class SnapshotStore:
                 return
             found = SnapshotAtRest(path, header.export_name, header.broken, header)
         if self.at_rest.setdefault(found.export_name, found) is not found:
-            logger.error("%s is another snapshot %s: move one away", path, found.export_name)
+            logger.error("%s is another %s %s: move one away", path, self.what, found.export_name)
         elif found.cause:
-            logger.error("snapshot %s is broken: %s", found.export_name, found.cause)
+            logger.error("%s %s is broken: %s", self.what, found.export_name, found.cause)
 
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
@@ -208,8 +232,8 @@ class SnapshotStore:
             UsageError: a name cannot be stored. ConflictError, NotFoundError, DeviceError: a file cannot be
             made; nothing is left.
         """
-        own_id = uuid.uuid4()
-        stem = _stem(new.node, new.name)
+        own_id = new.own_id
+        stem = stem_of(new.node, new.name)
         place = Path(os.path.abspath(new.place))
         scratch_path = place / f"{stem}.{own_id.hex}{SCRATCH_SUFFIX}" if place.is_dir() else place
         check_storable(new.node, new.name, str(scratch_path))
@@ -223,19 +247,23 @@ class SnapshotStore:
             new.scratch_bytes_max,
             new.on_cbw_error,
             new.cbw_timeout_s,
-            SnapshotFlags.IN_USE,
+            SnapshotFlags.IN_USE | (SnapshotFlags.FOREIGN if new.is_foreign else SnapshotFlags(0)),
             boot_id=self._boot_id,
             alive_ns=self._now_ns(),
         )
         file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
         try:
-            fd = create_scratch_file(scratch_path, identity.size)
+            if new.held_fd is None:
+                fd = create_scratch_file(scratch_path, identity.size)
+            else:
+                fd = os.dup(new.held_fd)
         except BaseException:
             file.remove()
             file.close()
             raise
         file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
-        file.access().set_all()
+        if new.access_all:
+            file.access().set_all()
         snapshot = self._use(file, fd)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
@@ -253,9 +281,12 @@ class SnapshotStore:
         loaded: list[StoredSnapshot] = []
         try:
             for header in sorted(wanted, key=lambda header: header.created):
-                snapshot = self._load(self.at_rest[header.export_name].path, identity)
-                if snapshot is not None:
+                snapshot = self.take(header.export_name, identity)
+                if isinstance(snapshot, StoredSnapshot):
                     loaded.append(snapshot)
+                    _ = snapshot.scratch  # made here, in a thread
+                else:
+                    logger.error("%s %s is broken: %s", self.what, snapshot.export_name, snapshot.cause)
         except OSError:
             for snapshot in loaded:
                 with suppress(OSError):
@@ -264,7 +295,13 @@ class SnapshotStore:
             raise
         return loaded
 
-    def _load(self, path: Path, identity: SourceIdentity) -> StoredSnapshot | None:
+    def take(self, export_name: str, identity: SourceIdentity) -> StoredSnapshot | SnapshotAtRest:
+        """Take the one at rest of that name into use, or let it be broken, for good, and at rest.
+
+        Raises:
+            DeviceError: its sidecar cannot be read or written; it is as it was.
+        """
+        path = self.at_rest[export_name].path
         file = SnapshotFile.open(path)
         fd = -1
         try:
@@ -273,9 +310,9 @@ class SnapshotStore:
             if not reason:
                 fd, reason = self._open_scratch(header)
             if reason:
-                self._break(file, reason)
+                broken = self._break(file, reason)
                 file.close()
-                return None
+                return broken
             flags = header.flags | SnapshotFlags.IN_USE
             header = replace(
                 header, identity=identity, flags=flags, boot_id=self._boot_id, alive_ns=self._now_ns()
@@ -288,27 +325,21 @@ class SnapshotStore:
             file.close()
             raise failed(error, f"cannot use snapshot file {path}") from error
         del self.at_rest[header.export_name]
-        snapshot = self._use(file, fd)
-        snapshot.scratch.count(_stored_clusters(fd, header))
-        return snapshot
+        return self._use(file, fd)
 
     def _use(self, file: SnapshotFile, fd: int) -> StoredSnapshot:
         """Takes over `fd`."""
-        header = file.header
-        title = f"scratch of {header.export_name}"
-        device = FileDevice(os.dup(fd), title, header.identity.size)
-        scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
-        snapshot = StoredSnapshot(file, scratch, fd)
+        snapshot = StoredSnapshot(file, fd)
         self._in_use.add(snapshot)
         return snapshot
 
-    def _break(self, file: SnapshotFile, reason: str) -> None:
+    def _break(self, file: SnapshotFile, reason: str) -> SnapshotAtRest:
         header = file.header
-        logger.error("snapshot %s is broken: %s", header.export_name, reason)
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
+        return found
 
     def _doubt(self, file: SnapshotFile, identity: SourceIdentity) -> str:
         """Why source and maps may not be what they were; "" if they are."""
@@ -328,28 +359,36 @@ class SnapshotStore:
 
     def _open_scratch(self, header: SnapshotHeader) -> tuple[int, str]:
         """The scratch, open, and ""; or -1 and why it cannot be used."""
-        expected = header.scratch
+        path = header.scratch.path
+        nofollow = 0 if SnapshotFlags.FOREIGN in header.flags else os.O_NOFOLLOW
         try:
-            fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | nofollow)
         except OSError as error:
-            return -1, f"its scratch {expected.path} cannot be opened: {error.strerror}"
-        status = os.fstat(fd)
-        reason = ""
-        same_boot = header.boot_id == self._boot_id
-        if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
-            reason = f"its scratch {expected.path} is another file"
-        elif status.st_size != header.identity.size:
-            reason = (
-                f"its scratch {expected.path} was {header.identity.size} bytes long, and is {status.st_size}"
-            )
-        elif SnapshotFlags.IN_USE not in header.flags and (
-            (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
-        ):
-            reason = f"its scratch {expected.path} was changed while no server used it"
+            return -1, f"its {self.what_saves} {path} cannot be opened: {error.strerror}"
+        reason = self._scratch_doubt(header, os.fstat(fd))
         if reason:
+            reason = f"its {self.what_saves} {path} {reason}"
             os.close(fd)
             return -1, reason
         return fd, ""
+
+    def _scratch_doubt(self, header: SnapshotHeader, status: os.stat_result) -> str:
+        """What is wrong with the scratch, which is as `status` says now; "" if nothing is."""
+        expected, size = header.scratch, header.identity.size
+        same_boot = header.boot_id == self._boot_id
+        if stat.S_ISBLK(status.st_mode):
+            if not same_boot:
+                return "is a block device, which may be another one since the machine was restarted"
+            return "" if status.st_rdev == expected.device else "is another block device"
+        if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
+            return "is another file"
+        if status.st_size != size:
+            return f"was {size} bytes long, and is {status.st_size}"
+        if SnapshotFlags.IN_USE in header.flags:
+            return ""
+        if (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns):
+            return "was changed while no server used it"
+        return ""
 
     def retire(self, snapshot: StoredSnapshot) -> None:
         """`snapshot` is about to be released or removed: no sign of life of it any more. Never blocks."""
@@ -399,7 +438,7 @@ def scratch_bytes_used(header: SnapshotHeader) -> int:
         return 0
 
 
-def _stem(node: str, name: str) -> str:
+def stem_of(node: str, name: str) -> str:
     """A file name that people recognise, and that no other snapshot has."""
     quoted = [quote(part, safe=" ") for part in (node, name)]
     if max(map(len, quoted)) <= NAME_PART_BYTES_MAX:
@@ -409,16 +448,19 @@ def _stem(node: str, name: str) -> str:
 
 
 def _identity(path: str, status: os.stat_result) -> ScratchIdentity:
-    return ScratchIdentity(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+    return ScratchIdentity(path, device, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _remove_scratch(header: SnapshotHeader) -> None:
-    """Remove the scratch of `header`, if what has its name is surely that.
+    """Remove the scratch of `header`, if what has its name is surely that, and not the user's.
 
     Raises:
         OSError: it cannot be removed.
     """
     path = Path(header.scratch.path)
+    if SnapshotFlags.FOREIGN in header.flags:
+        return
     try:
         status = os.lstat(path)
     except FileNotFoundError:

@@ -5,6 +5,7 @@ of one job, whatever happens on the way:
 
     run -> prepare -> commit -> clean      it succeeded
     run -> [prepare] -> abort -> clean     it failed, or was cancelled
+    run -> [prepare] ->                    it was left, as the process ends: a later one goes on with it
 
 `run` and `prepare` can be cancelled at any await. `commit`, `abort` and `clean` always run to
 their ends, also when the whole daemon is being torn down around them. Jobs of one `JobTransaction`
@@ -76,7 +77,10 @@ class Job(ABC):
         self.io_status = IoStatus.OK
         self.source_errors_ignored = 0
         self._pace = Pace(RateLimit(speed, clock), self._note_rest)
+        self.paused_because = ""
+        """Why it is paused, if no user asked for that."""
         self._cancel_asked = False
+        self._is_left = False
         self._concluded = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         """The task inside `_work`, the stretch that a cancel may interrupt."""
@@ -146,7 +150,7 @@ class Job(ABC):
         Raises:
             CopyError: `error`: the job is to fail.
         """
-        action = self._policies.action(error)
+        action = self.action_for(error)
         if action is ErrorAction.REPORT:
             raise error
         if action is ErrorAction.IGNORE:
@@ -156,9 +160,14 @@ class Job(ABC):
         elif self.io_status is IoStatus.OK:
             self.report_error(error.side, action)
             self.io_status = IoStatus.of(error.errno)
+            self.paused_because = str(error)
             self._pace.pause_asked = True
             self._pace.kick()
         await self.pause_point()
+
+    def action_for(self, error: CopyError) -> ErrorAction:
+        """What is to be done about `error`: what the user chose, unless a subclass knows better."""
+        return self._policies.action(error)
 
     def account(self, length: int) -> None:
         """Count `length` bytes against the rate limit without waiting: a client had them copied."""
@@ -198,15 +207,30 @@ class Job(ABC):
     @property
     def is_cancellable(self) -> bool:
         """Whether `cancel` would be accepted."""
-        return self.status in VERBS[JobVerb.CANCEL] and not self._is_committing
+        return self.status in VERBS[JobVerb.CANCEL] and not self._is_committing and not self._is_left
 
     @property
     def is_cancelled(self) -> bool:
         """Whether the job was told to cancel."""
         return self._cancel_asked
 
+    @property
+    def can_be_left(self) -> bool:
+        """Whether `leave` would be accepted; only a job that is kept on disk can be left."""
+        return False
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the job was left for a later process."""
+        return self._is_left
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether the job has succeeded, and cannot be stopped any more."""
+        return self._is_committing
+
     async def wait_concluded(self) -> None:
-        """Return when the job is over and cleaned up; `error` is None if it succeeded."""
+        """Return when the job is over and cleaned up, or was left; `error` is None if it succeeded."""
         await self._concluded.wait()
 
     # Verbs: what a user may tell the job.
@@ -219,15 +243,28 @@ class Job(ABC):
         self._check_verb(JobVerb.CANCEL)
         if self._is_committing:
             raise ConflictError(f"Job '{self.id}' has succeeded already and is being finalized")
+        if self._is_left:
+            raise ConflictError(f"Job '{self.id}' is being left for the next server: cancel it there")
         if self._cancel_asked:
             return
         self._cancel()
 
-    def pause(self) -> None:
-        """Come to rest at the next pause point; work in flight ends first."""
+    def leave(self) -> None:
+        """Stop working, undo nothing and tell nobody: the process ends, and a later one goes on.
+
+        Only if `can_be_left`; `wait_concluded` tells when it has stopped.
+        """
+        assert self.can_be_left
+        self._is_left = True
+        if self._driver is not None:
+            self._driver.cancel()
+
+    def pause(self, because: str = "") -> None:
+        """Come to rest at the next pause point; work in flight ends first. `because`: if no user asks."""
         self._check_verb(JobVerb.PAUSE)
         if self._pace.pause_asked:
             raise ConflictError("Job is already paused")
+        self.paused_because = because
         self._pace.pause_asked = True
         self._pace.kick()
 
@@ -237,6 +274,7 @@ class Job(ABC):
             raise ConflictError("Can't resume a job that was not paused")
         self._check_verb(JobVerb.RESUME)
         self.io_status = IoStatus.OK
+        self.paused_because = ""
         self._pace.pause_asked = False
         self._leave_pause()
         self._pace.kick()
@@ -329,7 +367,10 @@ class Job(ABC):
             succeeded = await self._works()
         except asyncio.CancelledError as error:
             torn_down, succeeded = error, False
-        await _to_the_end(self._settle(succeeded))
+        if self._is_left:
+            self._concluded.set()
+        else:
+            await _to_the_end(self._settle(succeeded))
         if torn_down is not None:
             raise torn_down
 
@@ -342,22 +383,25 @@ class Job(ABC):
         """
         if self._cancel_asked:
             self.error = CANCELLED_TEXT
+        if self._cancel_asked or self._is_left:
             return False
         self._driver = asyncio.current_task()
         try:
             await self._work()
         except asyncio.CancelledError:
-            if not self._cancel_asked:
-                self._cancel_asked = True
-                self.error = CANCELLED_TEXT
+            if not self._cancel_asked and not self._is_left:
+                self._is_left = self.can_be_left
+                self._cancel_asked = not self._is_left
+                self.error = None if self._is_left else CANCELLED_TEXT
                 raise
         except Exception as error:
+            self._is_left = False
             self._note_failure(error)
         finally:
             self._driver = None
         if self._cancel_asked:
             self.error = CANCELLED_TEXT
-        return self.error is None
+        return self.error is None and not self._is_left
 
     async def _work(self) -> None:
         await self.run()

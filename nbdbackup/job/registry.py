@@ -25,6 +25,8 @@ class JobRegistry:
         self._jobs: dict[str, Job] = {}
         self._listeners: list[Listener] = []
         self._next_number = 1
+        self.is_reserved: Callable[[str], bool] = lambda job_id: False
+        """Whether a job of that id waits for its node, and will be one of these when there is that."""
         self._is_closing = False
 
     def __iter__(self) -> Iterator[Job]:
@@ -43,13 +45,13 @@ class JobRegistry:
         if len(self._jobs) >= JOBS_MAX:
             raise ConflictError(f"There are {JOBS_MAX} jobs already; dismiss some (job-dismiss)")
         if requested is None:
-            while (generated := f"backup-{self._next_number}") in self._jobs:
+            while self._is_taken(generated := f"backup-{self._next_number}"):
                 self._next_number += 1
             self._next_number += 1
             return generated
         if not _WELL_FORMED.fullmatch(requested):
             raise UsageError(f"Invalid job ID '{requested}'")
-        if requested in self._jobs:
+        if self._is_taken(requested):
             raise ConflictError(f"Job ID '{requested}' already in use")
         return requested
 
@@ -87,6 +89,13 @@ class JobRegistry:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    async def end_all(self) -> None:
+        """As `cancel_all`, but those jobs that a later process can go on with are left for it."""
+        for job in self._jobs.values():
+            if job.can_be_left:
+                job.leave()
+        await self.cancel_all()
+
     async def cancel_all(self) -> None:
         """Accept no more jobs, cancel what can be cancelled, and return when every job is over and gone."""
         self._is_closing = True
@@ -99,6 +108,9 @@ class JobRegistry:
                 await job.wait_concluded()
             if job.status is JobStatus.CONCLUDED:
                 job.dismiss()
+
+    def _is_taken(self, job_id: str) -> bool:
+        return job_id in self._jobs or self.is_reserved(job_id)
 
     def _publish(self, event: Event) -> None:
         for listener in list(self._listeners):
