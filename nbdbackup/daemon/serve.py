@@ -19,6 +19,7 @@ from nbdbackup.daemon.ending import Ending
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.jobs.kept import KeptJobs
 from nbdbackup.daemon.leftovers import Leftovers
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.partials import PartialFiles
@@ -121,8 +122,9 @@ async def _run(
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         partials = PartialFiles(state.partials)
+        kept = await _open_jobs(stack, state, graph, jobs, partials, options)
         backups = Backups(
-            graph, jobs, state.scratch, _remote_options(options), server.uris, make_target=partials.make
+            graph, jobs, state.scratch, _remote_options(options), server.uris, partials.make, kept
         )
         services = Services(
             jobs,
@@ -144,7 +146,12 @@ async def _run(
                 serving = tasks.create_task(server.run())
                 living = [
                     tasks.create_task(forever)
-                    for forever in (bitmaps.keep_alive(), snapshots.keep_alive(), snapshots.free_broken())
+                    for forever in (
+                        bitmaps.keep_alive(),
+                        snapshots.keep_alive(),
+                        snapshots.free_broken(),
+                        kept.keep_alive(),
+                    )
                 ]
                 status = await _serve_until(options, server, stop)
                 ending.begin()
@@ -152,7 +159,7 @@ async def _run(
                 control.publish(Event("SHUTDOWN", {"guest": False, "reason": stop.reason}))
                 logger.info("stopping: finishing what is in flight")
                 server.stop()
-                await jobs.cancel_all()
+                await jobs.end_all()
                 await serving
                 for task in living:
                     task.cancel()
@@ -193,6 +200,24 @@ async def _open_snapshots(
     for node in graph:
         await snapshots.load(graph.entry(node.name))
     return snapshots
+
+
+async def _open_jobs(
+    stack: AsyncExitStack,
+    state: StateDirectory,
+    graph: Graph,
+    jobs: JobRegistry,
+    partials: PartialFiles,
+    options: ServeOptions,
+) -> KeptJobs:
+    """Those that outlived the last server, in place: no client was accepted yet. Kept when `stack` ends."""
+    kept = KeptJobs(state.jobs, graph, jobs, partials, _remote_options(options), resumes=options.resume_jobs)
+    await kept.open()
+    stack.push_async_callback(kept.close)
+    graph.watchers.append(kept)
+    for node in graph:
+        await kept.load(graph.entry(node.name))
+    return kept
 
 
 async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:

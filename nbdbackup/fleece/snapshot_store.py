@@ -166,8 +166,7 @@ class SnapshotStore:
     """The snapshots in `directory`, which this process alone uses. Every method blocks as file I/O does."""
 
     what = "snapshot"
-    what_saves = "scratch"
-    """What a person calls them, and the files that the clusters are saved in."""
+    """What a person calls them."""
 
     def __init__(
         self,
@@ -215,7 +214,15 @@ class SnapshotStore:
         if self.at_rest.setdefault(found.export_name, found) is not found:
             logger.error("%s is another %s %s: move one away", path, self.what, found.export_name)
         elif found.cause:
-            logger.error("%s %s is broken: %s", self.what, found.export_name, found.cause)
+            self._tell(found)
+
+    def _tell(self, found: SnapshotAtRest) -> None:
+        logger.error("%s %s is broken: %s", self.what, found.export_name, found.cause)
+
+    def noun_of_scratch(self, header: SnapshotHeader) -> str:
+        """What a person calls the file that the clusters of the snapshot are saved in."""
+        del header
+        return "scratch"
 
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
@@ -286,7 +293,7 @@ class SnapshotStore:
                     loaded.append(snapshot)
                     _ = snapshot.scratch  # made here, in a thread
                 else:
-                    logger.error("%s %s is broken: %s", self.what, snapshot.export_name, snapshot.cause)
+                    self._tell(snapshot)
         except OSError:
             for snapshot in loaded:
                 with suppress(OSError):
@@ -364,10 +371,10 @@ class SnapshotStore:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | nofollow)
         except OSError as error:
-            return -1, f"its {self.what_saves} {path} cannot be opened: {error.strerror}"
+            return -1, f"its {self.noun_of_scratch(header)} {path} cannot be opened: {error.strerror}"
         reason = self._scratch_doubt(header, os.fstat(fd))
         if reason:
-            reason = f"its {self.what_saves} {path} {reason}"
+            reason = f"its {self.noun_of_scratch(header)} {path} {reason}"
             os.close(fd)
             return -1, reason
         return fd, ""

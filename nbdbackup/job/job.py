@@ -215,6 +215,11 @@ class Job(ABC):
         return self._cancel_asked
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the job outlives the process."""
+        return False
+
+    @property
     def can_be_left(self) -> bool:
         """Whether `leave` would be accepted; only a job that is kept on disk can be left."""
         return False
@@ -223,6 +228,11 @@ class Job(ABC):
     def is_left(self) -> bool:
         """Whether the job was left for a later process."""
         return self._is_left
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job is over and cleaned up, or was left."""
+        return self._concluded.is_set()
 
     @property
     def is_committing(self) -> bool:

@@ -180,6 +180,10 @@ class KeptBackup(BackupJob):
     # The end of the process.
 
     @property
+    def is_kept(self) -> bool:
+        return True
+
+    @property
     def can_be_left(self) -> bool:
         is_over = self.is_failing or self.is_committing or self.is_left
         return self.status in _AT_WORK and not is_over
