@@ -46,9 +46,10 @@ def serve() -> Iterator[ServeFunction]:
             unix: bool = True,
             tcp: bool = True,
             state_dir: Path | None = None,
+            environment: Mapping[str, str] | None = None,
             **more: Path,
         ) -> Server:
-            server = Server({**(sources or {}), **more}, options, unix, tcp, state_dir)
+            server = Server({**(sources or {}), **more}, options, unix, tcp, state_dir, environment)
             return stack.enter_context(server)
 
         yield start

@@ -162,6 +162,11 @@ class DirtyBitmap:
         return self._has_successor
 
     @property
+    def holder(self) -> bytes | None:
+        """The uuid of what froze it and outlives the process with it, if that is so."""
+        return None
+
+    @property
     def busy(self) -> bool:
         """Whether it may not be changed, used by anything else, or removed."""
         return self._has_successor or bool(self.users)
@@ -202,8 +207,11 @@ class DirtyBitmap:
 
     # Frozen for a backup.
 
-    def create_successor(self) -> None:
-        """Freeze the bits; writes are recorded in a successor until `abdicate` or `reclaim`."""
+    def create_successor(self, holder: bytes | None = None) -> None:
+        """Freeze the bits; writes are recorded in a successor until `abdicate` or `reclaim`.
+
+        `holder` is the uuid of what freezes them, if that outlives the process; see `StoredBitmap`.
+        """
         assert not self.busy
         self._has_successor = True
         self._choose_plane()
@@ -254,15 +262,17 @@ class DirtyBitmap:
             if not source.count:
                 continue
             if source.granularity == self.granularity:
-                self._set_all(source._planes.own)
-            elif not self._set_few(source.dirty_runs()):
-                self._set_all(rescale(source._planes.own, source.granularity, self.granularity))
+                _set_all(self._planes.own, source._planes.own)
+            elif not self._set_few(self._planes.own, source.dirty_runs()):
+                finer = rescale(source._planes.own, source.granularity, self.granularity)
+                _set_all(self._planes.own, finer)
         self._recount()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
-        """What is set in `clusters`, of the same size, is dirty here too."""
-        if not self._set_few(clusters.runs()):
-            self._set_all(rescale(clusters.bits, clusters.cluster_bytes, self.granularity))
+        """What is set in `clusters`, of the same size, is dirty too; in the successor if there is one."""
+        plane = self._planes.spare if self._has_successor else self._planes.own
+        if not self._set_few(plane, clusters.runs()):
+            _set_all(plane, rescale(clusters.bits, clusters.cluster_bytes, self.granularity))
         self._recount()
 
     def save(self) -> SavedBits:
@@ -281,21 +291,12 @@ class DirtyBitmap:
     def forget(self, saved: SavedBits) -> None:
         """The change that `saved` is from is final: `restore` will not be called."""
 
-    def _set_few(self, runs: Iterator[Extent]) -> bool:
+    def _set_few(self, plane: bitarray, runs: Iterator[Extent]) -> bool:
         """Set the bits of `runs`; False if there are so many that it goes quicker by the whole map."""
-        own, shift = self._planes.own, self._shift
+        shift = self._shift
         for run in islice(runs, RUNS_MAX):
-            own[run.offset >> shift : ((run.end - 1) >> shift) + 1] = 1
+            plane[run.offset >> shift : ((run.end - 1) >> shift) + 1] = 1
         return next(runs, None) is None
-
-    def _set_all(self, bits: bitarray) -> None:
-        """Set what is set in `bits`, which may be a few clear ones longer or shorter than the plane."""
-        own = self._planes.own
-        count = min(len(own), len(bits))
-        if count == len(own) == len(bits):
-            own |= bits
-        else:
-            own[:count] |= bits[:count]
 
     # What others want to know.
 
@@ -319,6 +320,12 @@ class DirtyBitmap:
                 return clusters
         clusters.load(rescale(self._planes.own, self.granularity, cluster_bytes))
         return clusters
+
+    def frozen_bits(self) -> "DirtyBitmap":
+        """A disabled bitmap with what was dirty when this one was frozen, that stays as it is."""
+        assert self._has_successor
+        planes = Planes(self._planes.own.copy(), bitarray())
+        return DirtyBitmap(self.name, self.size, self.granularity, enabled=False, planes=planes)
 
     def frozen_copy(self) -> "DirtyBitmap":
         """A disabled bitmap with what is dirty now, the successor's included, that stays as it is."""
@@ -347,12 +354,23 @@ class DirtyBitmap:
 
     def _recount(self) -> None:
         self._count = self._planes.own.count(1)
+        if self._has_successor:
+            self._successor_count = self._planes.spare.count(1)
         self._changed()
 
     def _changed(self) -> None:
         """Bits changed otherwise than by `mark`."""
         for freeze in self._freezes:
             freeze.is_stale = True
+
+
+def _set_all(plane: bitarray, bits: bitarray) -> None:
+    """Set what is set in `bits`, which may be a few clear ones longer or shorter than `plane`."""
+    count = min(len(plane), len(bits))
+    if count == len(plane) == len(bits):
+        plane |= bits
+    else:
+        plane[:count] |= bits[:count]
 
 
 class Freeze:

@@ -27,6 +27,7 @@ from nbdbackup.bitmap.file_format import (
     SLOT_BYTES,
     Header,
     HeaderError,
+    HeaderFlags,
     build,
     checksum,
     parse,
@@ -112,10 +113,14 @@ class BitmapFile:
         return self.plane_type(buffer=bits, endian="big")
 
     def bits_checksum(self) -> bytes:
-        """The checksum of the bitmap's own bits as they are."""
-        start = self.header.plane_offset(self.header.own_plane)
-        with memoryview(self._map)[start : start + self.header.bits_bytes] as bits:
-            return checksum(bits)
+        """The checksum of every plane that counts, the bitmap's own first, as they are."""
+        header = self.header
+        planes = [header.own_plane]
+        if HeaderFlags.BOTH in header.flags:
+            planes.append(1 - header.own_plane)
+        starts = [header.plane_offset(plane) for plane in planes]
+        with memoryview(self._map) as whole:
+            return checksum(*(whole[start : start + header.bits_bytes] for start in starts))
 
     def write_header(self, header: Header, *, sync: bool) -> None:
         """Let `header` be the file's, with the generation counted up.

@@ -6,7 +6,8 @@
     ...    plane 1     as long; both begin on a multiple of 4096
 
 One of the planes is the bitmap's own (flag SECOND_PLANE: plane 1). With the flag BOTH, what is set in the
-other one is dirty as well: it belongs to a successor. Without it, what the other plane holds means nothing.
+other one is dirty as well. Without it, what the other plane holds means nothing. With BOTH and a `holder`,
+the bitmap is frozen for that one, whatever becomes of the server: the other plane is the successor's.
 
 The header is there twice, and every change is written to one slot and then to the other. So a crash in the
 middle leaves one whole, and once both were written, damage to either is no loss. The valid one of the higher
@@ -30,6 +31,8 @@ PLANES_OFFSET = 2 * SLOT_BYTES
 TEXT_BYTES_MAX = 1023
 """As long may the names of node and bitmap be, and the source's id."""
 REASON_BYTES_MAX = 500
+HOLDER_BYTES = 16
+NO_HOLDER = bytes(HOLDER_BYTES)
 
 _GRANULARITIES = {1 << shift for shift in range(9, 32)}
 _PAGE_BYTES = 4096
@@ -60,6 +63,7 @@ _SLOT = Padded(
         "name" / _TEXT,
         "lasting_id" / _TEXT,
         "inconsistent" / _TEXT,
+        "holder" / Bytes(HOLDER_BYTES),
     ),
 )
 
@@ -98,14 +102,21 @@ class Header:
     alive_ns: int = 0
     """When the server that uses it was last seen alive, in nanoseconds since 1970."""
     bits_checksum: bytes = bytes(_CHECKSUM_BYTES)
-    """Of the bitmap's own bits at the clean stop; means nothing with IN_USE."""
+    """Of every plane that counts, at the clean stop; means nothing with IN_USE."""
     inconsistent: str = ""
     """Why the bits are of no use, "" if they are."""
+    holder: bytes = NO_HOLDER
+    """The uuid of what froze it and outlives the server; NO_HOLDER: there is no such thing."""
 
     @property
     def own_plane(self) -> int:
         """0 or 1."""
         return 1 if HeaderFlags.SECOND_PLANE in self.flags else 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is frozen for a holder."""
+        return HeaderFlags.BOTH in self.flags and self.holder != NO_HOLDER
 
     @property
     def bits_bytes(self) -> int:
@@ -158,6 +169,7 @@ def build(header: Header) -> bytes:
         "name": header.name,
         "lasting_id": identity.lasting_id,
         "inconsistent": cut(header.inconsistent, REASON_BYTES_MAX),
+        "holder": header.holder,
     }
     slot: bytes = _SLOT.build(fields)
     head, body = slot[: _CHECKSUM_END - _CHECKSUM_BYTES], slot[_CHECKSUM_END:]
@@ -208,6 +220,7 @@ def parse(slot: bytes) -> Header:
         fields.alive_ns,
         fields.bits_checksum,
         fields.inconsistent,
+        fields.holder,
     )
 
 

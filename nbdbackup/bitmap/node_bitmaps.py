@@ -88,6 +88,10 @@ class NodeBitmaps:
             raise NotFoundError(f"Dirty bitmap '{name}' not found")
         return bitmap
 
+    def held_by(self, holder: bytes) -> DirtyBitmap | None:
+        """The bitmap that is frozen for the one of that uuid, if there is one."""
+        return next((bitmap for bitmap in self._bitmaps.values() if bitmap.holder == holder), None)
+
     def check_new(self, name: str) -> None:
         """Raises ConflictError or UsageError if there cannot be another bitmap called `name`."""
         if name in self._bitmaps:

@@ -5,8 +5,9 @@
     the machine goes down       with durability `power` the bits are on disk, and nothing is missing;
                                 otherwise nobody knows which ones are, and the bitmap is inconsistent
 
-A bitmap is loaded for the node of its name, when that is made. It is inconsistent, with the reason, if its
-source is not the one it was, or was changed meanwhile (`identity` has what can be seen of that).
+A bitmap is loaded for the node of its name, when that is made; frozen, if it has a holder (`stored`). It is
+inconsistent, with the reason, if its source is not the one it was, or was changed meanwhile (`identity` has
+what can be seen of that); then it is not frozen.
 
 A file that cannot be understood is refused when the directory is opened, and left as it is: the server does
 not start. Serving its disk would let writes pass unrecorded, and later somebody might take the file for good.
@@ -21,9 +22,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nbdbackup.bitmap.file import BitmapFile, failed, sync_directory
-from nbdbackup.bitmap.file_format import TEXT_BYTES_MAX, Header, HeaderFlags
+from nbdbackup.bitmap.file_format import NO_HOLDER, TEXT_BYTES_MAX, Header, HeaderFlags
 from nbdbackup.bitmap.identity import SourceIdentity
 from nbdbackup.bitmap.stored import StoredBitmap, Sync
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, NotFoundError, UsageError
 
 SUFFIX = ".bitmap"
@@ -232,11 +234,16 @@ class BitmapStore:
         header = file.header
         reason = header.inconsistent or self._doubt(file, identity)
         own, spare = file.plane(header.own_plane), file.plane(1 - header.own_plane)
-        if HeaderFlags.BOTH in header.flags:
+        stays_frozen = header.is_held and not reason
+        if HeaderFlags.BOTH in header.flags and not stays_frozen:
             own |= spare
         # On disk before the header says that this plane alone counts, and that it is in use.
         file.sync()
-        flags = (header.flags & (HeaderFlags.ENABLED | HeaderFlags.SECOND_PLANE)) | self._flags_in_use()
+        reach("bitmap.load.merged")
+        kept = HeaderFlags.ENABLED | HeaderFlags.SECOND_PLANE
+        if stays_frozen:
+            kept |= HeaderFlags.BOTH
+        flags = (header.flags & kept) | self._flags_in_use()
         header = replace(
             header,
             identity=header.identity if reason else identity,
@@ -244,9 +251,12 @@ class BitmapStore:
             boot_id=self._boot_id,
             alive_ns=self._now_ns(),
             inconsistent=reason,
+            holder=header.holder if stays_frozen else NO_HOLDER,
         )
         file.write_header(header, sync=True)
-        spare.setall(0)
+        reach("bitmap.load.in-use")
+        if not stays_frozen:
+            spare.setall(0)
         return StoredBitmap(file, self._run)
 
     def _flags_in_use(self) -> HeaderFlags:

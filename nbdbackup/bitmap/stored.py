@@ -3,13 +3,20 @@
 If the process is killed between any two stores, the file says dirty of everything that is. In order:
 
     mark              the bit; the client's write
-    create_successor  (the spare plane is clear) BOTH planes count; the first bit in the spare one
-    abdicate          the frozen bits are cleared; the spare plane is the bitmap's own, and counts alone
-    reclaim           the successor's bits to the own plane; the spare one is cleared; the own counts alone
+    create_successor  (the spare plane is clear) BOTH planes count, for the holder; the first bit in the spare
+    abdicate          the spare plane is the bitmap's own, and counts alone; the frozen bits are cleared
+    reclaim           no holder; the successor's bits to the own plane; the spare one is cleared;
+                      the own one counts alone
     clear             a copy to the spare plane; BOTH count; the own plane is cleared;
       and `forget`    the own one counts alone; the spare one is cleared
 
 What a crash interrupts is found undone: frozen bits and the successor's together, cleared bits set again.
+
+A freeze with a *holder*, something that outlives the server and is known by its uuid, outlives it too, in a
+crash or a clean stop: the bitmap is loaded frozen, own plane and successor as they were. As long as the
+holder is in the file, the own plane has the frozen bits and no others, and the spare one all that was
+recorded since. Who finds the holder says so (`claim`); if nobody does, `reclaim` makes one of both, and
+nothing is lost.
 
 With `durable`, the same holds for a loss of power: each of these steps is on disk before one that relies on
 it (the event loop waits for that, some milliseconds: they are rare), and marks settle before their writes are
@@ -23,21 +30,22 @@ from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap, Planes, SavedBits
 from nbdbackup.bitmap.durable_marks import DurableMarks
 from nbdbackup.bitmap.file import BitmapFile
-from nbdbackup.bitmap.file_format import HeaderFlags
+from nbdbackup.bitmap.file_format import NO_HOLDER, HeaderFlags
 from nbdbackup.bitmap.identity import SourceIdentity
+from nbdbackup.crash_points import reach
 
 Sync = Callable[[Callable[[], None]], Awaitable[None]]
 """Runs a function that blocks, in a thread."""
 
 
 class StoredBitmap(DirtyBitmap):
-    """The bitmap in `file`, whose plane that is not the own one is clear and does not count."""
+    """The bitmap in `file`; unless it is held, the plane that is not the own one is clear and not counted."""
 
-    __slots__ = ("_cleared", "_marks", "file")
+    __slots__ = ("_cleared", "_marks", "awaits_holder", "file")
 
     def __init__(self, file: BitmapFile, run: Sync) -> None:
         header = file.header
-        assert HeaderFlags.BOTH not in header.flags
+        assert header.is_held or HeaderFlags.BOTH not in header.flags
         own = header.own_plane
         super().__init__(
             header.name,
@@ -49,6 +57,12 @@ class StoredBitmap(DirtyBitmap):
         )
         self.inconsistent = header.inconsistent
         self.file = file
+        self.awaits_holder = header.is_held
+        """Whether it was loaded frozen, and nobody knows yet if its holder is there as well."""
+        if header.is_held:
+            self._has_successor = True
+            self._successor_count = self._planes.spare.count(1)
+            self._choose_plane()
         self._marks: DurableMarks | None = None
         if HeaderFlags.POWER in header.flags:
             self._marks = DurableMarks(lambda: run(file.sync))
@@ -96,24 +110,44 @@ class StoredBitmap(DirtyBitmap):
         self._enabled = enabled
         self._choose_plane()
         flags = self.file.header.flags & ~HeaderFlags.ENABLED
-        self._write(flags | HeaderFlags.ENABLED if enabled else flags)
+        self._write(flags | HeaderFlags.ENABLED if enabled else flags, self.file.header.holder)
 
-    def create_successor(self) -> None:
+    @property
+    def holder(self) -> bytes | None:
+        header = self.file.header
+        return header.holder if header.is_held else None
+
+    def claim(self) -> None:
+        """The holder that it was loaded with is there: it stays frozen."""
+        assert self.holder is not None
+        self.awaits_holder = False
+
+    def create_successor(self, holder: bytes | None = None) -> None:
         if self._cleared is not None:
             # In the transaction that cleared it: the spare plane is needed before all of it is final.
             self.forget(self._cleared)
-        self._write(self.file.header.flags | HeaderFlags.BOTH)
+        self._write(self.file.header.flags | HeaderFlags.BOTH, holder or NO_HOLDER)
+        reach("bitmap.create-successor.both")
         super().create_successor()
 
     def abdicate(self) -> None:
-        super().abdicate()
+        # First: nobody may find part of the frozen bits, and take it for all of them.
         self._write((self.file.header.flags & ~HeaderFlags.BOTH) ^ HeaderFlags.SECOND_PLANE)
+        reach("bitmap.abdicate.alone")
+        super().abdicate()
+        self.awaits_holder = False
 
     def reclaim(self) -> None:
+        if self.holder is not None:
+            # First: from now on the planes are not what a holder takes them for.
+            self._write(self.file.header.flags)
+            reach("bitmap.reclaim.not-held")
         if self.durable:
             self._planes.own |= self._planes.spare
             self.file.sync()
         super().reclaim()
+        self.awaits_holder = False
+        reach("bitmap.reclaim.cleared")
         self._write(self.file.header.flags & ~HeaderFlags.BOTH)
 
     def clear(self) -> SavedBits:
@@ -121,6 +155,7 @@ class StoredBitmap(DirtyBitmap):
             return super().clear()
         self._planes.spare |= self._planes.own
         self._write(self.file.header.flags | HeaderFlags.BOTH)
+        reach("bitmap.clear.both")
         self._cleared = super().clear()
         return self._cleared
 
@@ -135,6 +170,7 @@ class StoredBitmap(DirtyBitmap):
         if saved is self._cleared:
             self._cleared = None
             self._write(self.file.header.flags & ~HeaderFlags.BOTH)
+            reach("bitmap.forget.alone")
             self._planes.spare.setall(0)
 
     def merge(self, sources: Sequence[DirtyBitmap]) -> None:
@@ -154,24 +190,25 @@ class StoredBitmap(DirtyBitmap):
         self._choose_plane()
         self.file.write_header(replace(self.file.header, inconsistent=reason), sync=False)
 
-    def _write(self, flags: HeaderFlags) -> None:
-        self.file.write_header(replace(self.file.header, flags=flags), sync=self.durable)
+    def _write(self, flags: HeaderFlags, holder: bytes = NO_HOLDER) -> None:
+        self.file.write_header(replace(self.file.header, flags=flags, holder=holder), sync=self.durable)
 
     # Its end.
 
     def save_clean(self, identity: SourceIdentity) -> None:
         """The server stops: put everything on disk as the bits of the source that `identity` is of now.
 
-        Nothing may be marked from now on. Blocks as fsync(2) does.
+        Nothing may be marked from now on; what is held stays frozen. Blocks as fsync(2) does.
 
         Raises:
             OSError: it cannot be put there; it counts as in use until the next boot.
         """
-        if self.is_frozen:
+        if self.is_frozen and self.holder is None:
             self.reclaim()
         if self._cleared is not None:
             self.forget(self._cleared)
         self.file.sync()
+        reach("bitmap.save.synced")
         header = replace(
             self.file.header,
             identity=identity,

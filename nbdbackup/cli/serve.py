@@ -98,6 +98,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         bitmap_durability=namespace.bitmap_durability,
         resume_jobs=namespace.resume_jobs,
         reconnect_delay_s=namespace.reconnect_delay,
+        poll_max_us=namespace.poll_max_us,
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),
         run_command=namespace.run_command,
         exit_on_last=namespace.exit_on_last,

@@ -5,7 +5,9 @@ from pathlib import Path
 from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.cli.parser import Parser, Verbs, add_verbose, argument_type, count, only, seconds
 from nbdbackup.daemon.options import STOP_TIMEOUT_S
+from nbdbackup.errors import UsageError
 from nbdbackup.server.listener import parse_range
+from nbdbackup.server.polling import POLL_LIMIT_US, POLL_MAX_US
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 10809
@@ -114,6 +116,15 @@ def _add_addresses(parser: Parser) -> None:
     )
     group.add_argument(
         "-e", "--shared", type=count, default=0, metavar="N", help="clients at once (default 0: no limit)"
+    )
+    group.add_argument(
+        "--poll-max-us",
+        type=argument_type(_poll_max_us, "number"),
+        default=POLL_MAX_US,
+        metavar="N",
+        help="a single busy client is watched for its next request for up to N microseconds before the "
+        f"server sleeps, while that pays: quicker at a little more processor time (default {POLL_MAX_US}; "
+        "0: never)",
     )
 
 
@@ -236,3 +247,9 @@ def _add_process(parser: Parser) -> None:
         f"it says what it left undone, and its status is 1 (default {STOP_TIMEOUT_S:g}; 0: no limit)",
     )
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="of standard error")
+
+
+def _poll_max_us(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > POLL_LIMIT_US:
+        raise UsageError(f"'{text}' is no number of microseconds from 0 to {POLL_LIMIT_US}")
+    return int(text)

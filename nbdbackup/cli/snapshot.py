@@ -106,7 +106,8 @@ def add_parser(verbs: Verbs) -> None:
         "--bitmap",
         metavar="B",
         help="freeze this dirty bitmap of each node at the same instant, to copy only what changed; "
-        "from then on a successor records. See 'drop --pulled'",
+        "from then on a successor records. It stays so with the snapshot, also over restarts of the server. "
+        "See 'drop --pulled'",
     )
     add_create_arguments(making)
     making.set_defaults(run=run_create)

@@ -207,7 +207,8 @@ class BackupAction(Action):
         frozen = None
         if bitmap is not None:
             assert self._sync.bitmap_mode is not None
-            frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode)
+            holder = None if self._kept is None else self._kept.uuid
+            frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode, holder=holder)
         if self._snapshot is None:
             self.job.hold_direct(frozen, unexpected)
         else:

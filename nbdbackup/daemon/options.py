@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.server.listener import AddressRange
+from nbdbackup.server.polling import POLL_MAX_US
 
 STOP_TIMEOUT_S = 60.0
 """Less than service managers wait before they kill."""
@@ -77,6 +78,8 @@ class ServeOptions:
     """0: no limit."""
     allowed: tuple[AddressRange, ...] = ()
     """Where TCP clients may come from; none means from anywhere."""
+    poll_max_us: int = POLL_MAX_US
+    """So many microseconds a client is looked at for its next request before it is waited for; 0: never."""
     description: str = ""
     discard: str = "unmap"
     """"unmap", or "ignore": trim does nothing and zeroes stay allocated."""

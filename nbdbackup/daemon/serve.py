@@ -21,11 +21,12 @@ from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.jobs.kept import KeptJobs
 from nbdbackup.daemon.leftovers import Leftovers
+from nbdbackup.daemon.nodes.table import NodeWatcher
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
 from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.state_dir import StateDirectory
-from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
+from nbdbackup.daemon.stored_bitmaps import ReclaimUnheld, StoredBitmaps
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots
 from nbdbackup.daemon.systemd import keep_notifying, notify
 from nbdbackup.daemon.tls import clients_of, server_tls, warn_if_open
@@ -92,7 +93,14 @@ async def serve(options: ServeOptions) -> int:
         stack.push_async_callback(graph.close)
         await _open_sources(options, graph, exports)
         _raise_descriptor_limit()
-        server = Server(exports, _listen(options, stack), options.clients_max, options.allowed, tls)
+        server = Server(
+            exports,
+            _listen(options, stack),
+            options.clients_max,
+            options.allowed,
+            tls,
+            poll_max_s=options.poll_max_us / 1e6,
+        )
         warn_if_open(server.listeners, options)
         try:
             return await _run(options, stack, state, graph, server, announcer, ending)
@@ -123,6 +131,7 @@ async def _run(
         jobs.subscribe(Backups.log_event)
         partials = PartialFiles(state.partials)
         kept = await _open_jobs(stack, state, graph, jobs, partials, options)
+        await _watch_nodes(graph, ReclaimUnheld())
         backups = Backups(
             graph, jobs, state.scratch, _remote_options(options), server.uris, partials.make, kept
         )
@@ -175,15 +184,13 @@ async def _open_bitmaps(
     await stored.open()
     bitmaps = Bitmaps(graph, exports, stored)
     await bitmaps.chains.open()
-    graph.watchers.append(bitmaps)
 
     async def release() -> None:
         for node in graph:
             await bitmaps.release(graph.entry(node.name))
 
     stack.push_async_callback(release)
-    for node in graph:
-        await bitmaps.load(graph.entry(node.name))
+    await _watch_nodes(graph, bitmaps)
     return bitmaps
 
 
@@ -195,10 +202,8 @@ async def _open_snapshots(
     stack.callback(stored.close)
     await stored.open()
     snapshots = Snapshots(graph, server, state.scratch, stored)
-    graph.watchers.append(snapshots)
     stack.push_async_callback(snapshots.close)
-    for node in graph:
-        await snapshots.load(graph.entry(node.name))
+    await _watch_nodes(graph, snapshots)
     return snapshots
 
 
@@ -214,10 +219,15 @@ async def _open_jobs(
     kept = KeptJobs(state.jobs, graph, jobs, partials, _remote_options(options), resumes=options.resume_jobs)
     await kept.open()
     stack.push_async_callback(kept.close)
-    graph.watchers.append(kept)
-    for node in graph:
-        await kept.load(graph.entry(node.name))
+    await _watch_nodes(graph, kept)
     return kept
+
+
+async def _watch_nodes(graph: Graph, watcher: NodeWatcher) -> None:
+    """Let `watcher` know of the nodes that there are, and of those that come and go."""
+    graph.watchers.append(watcher)
+    for node in graph:
+        await watcher.load(graph.entry(node.name))
 
 
 async def _serve_until(options: ServeOptions, server: Server, stop: Stop) -> int:

@@ -4,8 +4,8 @@ A snapshot's export shows every dirty bitmap of its node as it was at the instan
 frozen with it: its successor records from then on, and when the snapshot is dropped, either the frozen
 bits are dealt with (somebody pulled them) or the bitmap has both.
 
-A snapshot that is not temporary outlives the daemon (`stored`), without what its export shows of bitmaps: a
-bitmap that was frozen with it has both again.
+A snapshot that is not temporary outlives the daemon (`stored`), and holds the bitmap that was frozen with it
+in the file of that one too (`bitmap.stored`): a restored snapshot has it, and shows what was frozen.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze
 from nbdbackup.bitmap.node_bitmaps import check_changeable
+from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.graph import Entry, Graph
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots, info_at_rest, plan_of
@@ -47,6 +48,17 @@ class KeptSnapshot:
     bitmap: DirtyBitmap | None = None
     stored: StoredSnapshot | None = None
     """None: it is temporary."""
+
+    def freeze_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """From this instant on `bitmap` is frozen for the snapshot."""
+        bitmap.create_successor(None if self.stored is None else self.stored.header.uuid)
+        self.bitmap = bitmap
+
+    def claim_bitmap(self, bitmap: StoredBitmap) -> None:
+        """`bitmap` was found frozen for the snapshot, which was restored."""
+        bitmap.claim()
+        self.bitmap = bitmap
+        self.frozen.append(bitmap.frozen_bits())
 
     def release_bitmap(self, *, pulled: bool) -> None:
         """Let the bitmap go on: without the bits that were frozen if they were `pulled`, else with them."""
@@ -128,6 +140,11 @@ class Snapshots:
             if export_name in self.live:
                 self._check_pulled(export_name, pulled=pulled)
             elif self.store is not None and self.store.has_at_rest(export_name):
+                if pulled:
+                    raise ConflictError(
+                        f"snapshot {export_name} is not being served, and its bitmap is not at hand: "
+                        "drop it without --pulled"
+                    )
                 at_rest.append(export_name)
             else:
                 raise NotFoundError(f"there is no snapshot {export_name}")
@@ -167,7 +184,11 @@ class Snapshots:
         if self.store is None:
             return
         for stored, snapshot in await self.store.restore(entry.node):
-            self.offer(KeptSnapshot(snapshot, stored=stored))
+            kept = KeptSnapshot(snapshot, stored=stored)
+            bitmap = entry.bitmaps.held_by(stored.header.uuid)
+            if isinstance(bitmap, StoredBitmap):
+                kept.claim_bitmap(bitmap)
+            self.offer(kept)
 
     async def release(self, entry: Entry) -> None:
         """The node goes: keep its stored snapshots. Nothing may be in flight on it any more."""
@@ -182,7 +203,8 @@ class Snapshots:
         for kept in leaving:
             del self.live[kept.snapshot.export_name]
             self._ending[kept] = kept.stored is not None
-            kept.release_bitmap(pulled=False)
+            if kept.bitmap is not None and kept.bitmap.holder is None:
+                kept.release_bitmap(pulled=False)
             self._hide(kept, "goes with its node")
         await self._end(leaving)
 
@@ -387,8 +409,7 @@ class TakeSnapshot(Action):
         if kept.stored is not None:
             kept.stored.go_live(kept.snapshot.created)
         if bitmap is not None:
-            bitmap.create_successor()
-            kept.bitmap = bitmap
+            kept.freeze_bitmap(bitmap)
 
     def abort(self) -> None:
         kept = self.snapshot

@@ -15,11 +15,30 @@ from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.linux import Locality, block_device_id, file_locality
 from nbdbackup.block.node import Node
+from nbdbackup.daemon.graph import Entry
 
 logger = logging.getLogger(__name__)
 
 SIGN_OF_LIFE_S = 10.0
 """Every so often; less than a third of what `identity` allows for."""
+
+
+class ReclaimUnheld:
+    """The last watcher of nodes: bitmaps whose holder none of those before it found are frozen no longer."""
+
+    async def load(self, entry: Entry) -> None:
+        for bitmap in entry.bitmaps:
+            if isinstance(bitmap, StoredBitmap) and bitmap.awaits_holder:
+                bitmap.reclaim()
+                logger.warning(
+                    "bitmap '%s' of node '%s' is not frozen any more, and has all its bits again: "
+                    "what it was frozen for is gone or broken",
+                    bitmap.name,
+                    entry.node.name,
+                )
+
+    async def release(self, entry: Entry) -> None:
+        """Nothing: the bitmaps are saved by others."""
 
 
 class StoredBitmaps:

@@ -33,6 +33,7 @@ from nbdbackup.bitmap.file_format import cut
 from nbdbackup.bitmap.identity import SourceIdentity
 from nbdbackup.bitmap.store import current_boot_id
 from nbdbackup.block.file import FileDevice
+from nbdbackup.crash_points import reach
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
@@ -93,10 +94,12 @@ class StoredSnapshot:
         """It was taken, at `created`: from now on it is found after a crash. Cannot fail."""
         flags = self.header.flags | SnapshotFlags.LIVE
         self.file.write_header(replace(self.header, created=created, flags=flags))
+        reach("snapshot.create.live")
 
     def withdraw(self) -> None:
         """It is given up, or was not taken: from now on it is not found after a crash. Cannot fail."""
         self.file.write_header(replace(self.header, flags=self.header.flags & ~SnapshotFlags.LIVE))
+        reach("snapshot.drop.withdrawn")
 
     def note_broken(self, cause: OSError) -> None:
         """It is broken, whatever happens from now on. Cannot fail."""

@@ -22,6 +22,7 @@ from enum import Enum
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import check_no_checkpoint, check_usable
+from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.errors import UsageError
 
 
@@ -98,12 +99,27 @@ class Sync:
 class FrozenBitmap:
     """The bitmap of a running backup, frozen since the point in time; ends in `succeed` or `fail`."""
 
-    def __init__(self, bitmap: DirtyBitmap, mode: BitmapSyncMode) -> None:
-        """Freeze `bitmap`, which is not busy. At the point in time."""
+    def __init__(self, bitmap: DirtyBitmap, mode: BitmapSyncMode, *, holder: bytes | None = None) -> None:
+        """Freeze `bitmap`, which is not busy. At the point in time.
+
+        `holder` is the uuid of the job, if that can be resumed: then a stored bitmap stays frozen for it when
+        the process ends.
+        """
+        bitmap.create_successor(holder)
+        self._take(bitmap, mode)
+
+    @classmethod
+    def adopt(cls, bitmap: StoredBitmap, mode: BitmapSyncMode) -> "FrozenBitmap":
+        """`bitmap`, which was loaded frozen, for the job that is its holder."""
+        bitmap.claim()
+        frozen = cls.__new__(cls)
+        frozen._take(bitmap, mode)
+        return frozen
+
+    def _take(self, bitmap: DirtyBitmap, mode: BitmapSyncMode) -> None:
         self.bitmap = bitmap
         self._mode = mode
         self._ended = False
-        bitmap.create_successor()
 
     def succeed(self) -> None:
         """Everything that was dirty was copied."""
@@ -117,8 +133,9 @@ class FrozenBitmap:
         """The backup failed, and did not copy what is set in `not_copied` (None: nothing of it is left)."""
         if self._mode is BitmapSyncMode.ALWAYS and not_copied is not None:
             self._end()
-            self.bitmap.abdicate()
+            # First: until the frozen bits go, they have these.
             self.bitmap.merge_clusters(not_copied)
+            self.bitmap.abdicate()
         else:
             self.thaw()
 

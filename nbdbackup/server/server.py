@@ -21,6 +21,7 @@ from nbdbackup.server.budget import SharedBudget
 from nbdbackup.server.exports import ExportTable
 from nbdbackup.server.handshake import Agreement, Handshake
 from nbdbackup.server.listener import AddressRange, Listener, is_allowed
+from nbdbackup.server.polling import Poller
 from nbdbackup.server.session import Session
 from nbdbackup.server.tls import ServerTls
 from nbdbackup.tls.stream import TlsStream
@@ -51,6 +52,7 @@ class Server:
     """Serves `exports` on `listeners`, at most `clients_max` clients at once (0: no limit).
 
     TCP clients must be in one of the `allowed` ranges, if there are any; `tls` None: none is offered.
+    `poll_max_s`: see `Poller`.
     `last_client_left` is set when a client leaves and none remains.
     """
 
@@ -61,12 +63,14 @@ class Server:
         clients_max: int = 0,
         allowed: Sequence[AddressRange] = (),
         tls: ServerTls | None = None,
+        poll_max_s: float = 0.0,
     ) -> None:
         self.exports = exports
         self._entrances = [_Entrance(listener) for listener in listeners]
         self._tls = tls
         self._allowed = tuple(allowed)
         self._budget = SharedBudget()
+        self._poller = Poller(poll_max_s)
         self._slots = asyncio.Semaphore(clients_max) if clients_max else None
         # Changing while running.
         self._group: asyncio.TaskGroup | None = None
@@ -223,7 +227,7 @@ class Server:
             logger.debug("client %s left without choosing an export", peer)
             return
         export = self.exports.get(agreement.negotiated.export.name)
-        session = Session(agreement.stream, export, agreement.negotiated, self._budget)
+        session = Session(agreement.stream, export, agreement.negotiated, self._budget, self._poller)
         logger.info("client %s uses export %s (%s)", peer, export.name, _describe_agreement(agreement))
         entrance.connections.add(session)
         try:

@@ -3,7 +3,8 @@
 The way of a request, and why it is quick: the socket is read into one large buffer, often
 many requests at a time. A read or write that the device can do without waiting is done on the
 spot, its data going straight between device and buffer; the replies of a batch leave in
-one send. Everything else becomes a task that awaits the device.
+one send. Everything else becomes a task that awaits the device. Who is served alone is polled for
+the next request (`polling`).
 
 A write whose payload is still arriving is written in pieces as they come, each an operation
 of its own: nobody was promised that an unanswered write is all or nothing.
@@ -21,6 +22,7 @@ other clients get theirs.
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
@@ -35,6 +37,7 @@ from nbdbackup.server.contexts import SelectedContexts
 from nbdbackup.server.exports import Export
 from nbdbackup.server.operations import HOLE_BYTES_MIN, explain, perform, tell_status
 from nbdbackup.server.payload import WHOLE_BYTES_MAX, Payload
+from nbdbackup.server.polling import Poller
 from nbdbackup.tls.stream import TlsStream
 
 logger = logging.getLogger(__name__)
@@ -62,8 +65,9 @@ class Session:
         export: Export,
         negotiated: Negotiated,
         budget: SharedBudget | None = None,
+        poller: Poller | None = None,
     ) -> None:
-        """Without `budget` it has one of its own."""
+        """Without `budget` it has one of its own; without `poller` it never polls."""
         # Set once.
         self._sock = sock
         self._tls = sock if isinstance(sock, TlsStream) else None
@@ -74,6 +78,7 @@ class Session:
         self._contexts = SelectedContexts(export.contexts, self._protocol.contexts)
         self._head_bytes = self._protocol.request_bytes
         self._budget = SharedBudget() if budget is None else budget
+        self._poller = Poller() if poller is None else poller
         self._tasks: asyncio.TaskGroup
         # Changing while running.
         self._received = ReceiveBuffer()
@@ -91,6 +96,7 @@ class Session:
         self._is_reading = False
         self._is_writing = False
         self._turn_scheduled = False
+        self._poll_scheduled = False
         self._patience: asyncio.TimerHandle | None = None
         self._is_patient = True
 
@@ -167,6 +173,26 @@ class Session:
     def _on_readable(self) -> None:
         if self._receive():
             self._turn()
+            self._poll_if_it_pays()
+
+    def _poll_if_it_pays(self) -> None:
+        if self._poller.pays(self) and not self._poll_scheduled:
+            self._poll_scheduled = True
+            self._loop.call_soon(self._poll)
+
+    def _poll(self) -> None:
+        """Look for the next request for a moment: it is quicker than to be woken for it."""
+        self._poll_scheduled = False
+        if not self._is_reading or self._in_flight or self._payload is not None or len(self._received):
+            return  # what is on its way arrives in larger pieces if nobody is quick to take it
+        limit = time.perf_counter() + self._poller.limit_s
+        found = self._receive()
+        while not found and self._is_reading and time.perf_counter() < limit:
+            found = self._receive()
+        self._poller.note(found)
+        if found:
+            self._turn()
+            self._poll_if_it_pays()
 
     def _on_pending(self) -> None:
         """The socket may have nothing more, but TLS has."""

@@ -193,6 +193,9 @@ class Crashes:
         """Back up with the bitmap b, by a pull that succeeds or fails."""
         qmp.execute("block-dirty-bitmap-add", node="disk", name="b", persistent=True)
         qmp.execute("x-nbdbackup-snapshot-create", nodes=["disk"], name="s", bitmap="b")
+        self._pull(qmp)
+
+    def _pull(self, qmp: Qmp) -> None:
         content = self._read("disk@s")
         is_pulled = self.random.random() < 0.7
         if is_pulled:
@@ -219,6 +222,7 @@ class Crashes:
         content = self.disk.read_bytes()
         qmp = Qmp(self.server)
         try:
+            self._pull_again(qmp)
             chain = self._chain(qmp)
             listed = qmp.execute("query-named-block-nodes")
             assert qmp.execute("x-nbdbackup-query-leftovers") == []
@@ -233,6 +237,14 @@ class Crashes:
                 self._check_backup("b", ["b"], content)
         finally:
             qmp.close()
+
+    def _pull_again(self, qmp: Qmp) -> None:
+        """Deal with the snapshot that b was frozen with when the server was killed."""
+        found = qmp.execute("x-nbdbackup-query-snapshots")
+        assert isinstance(found, list)
+        if any(snapshot["export"] == "disk@s" for snapshot in found):
+            self._pull(qmp)
+            self.done["pulls done again"] += 1
 
     def _check_backup(self, name: str, bitmaps: list[str], content: bytes) -> None:
         backup = self.backups.get(name)

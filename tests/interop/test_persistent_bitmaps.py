@@ -129,13 +129,13 @@ def test_every_write_that_was_acknowledged_before_a_kill_is_dirty(
 
 
 @pytest.mark.parametrize("end", ["killed", "stopped", "pulled"])
-def test_bits_frozen_for_a_pull_are_dirty_again_unless_they_were_pulled(
+def test_bits_frozen_for_a_temporary_snapshot_are_dirty_again_unless_they_were_pulled(
     serve: ServeFunction, disk: Path, state: Path, end: str
 ) -> None:
     server = serve(state_dir=state, disk=disk)
     server.cli("bitmap", "add", "disk", "b0")
     write(server, 1, 2)
-    server.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0")
+    server.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0", "--temporary")
     write(server, 9)
     if end == "pulled":
         server.cli("snapshot", "drop", "disk@s", "--pulled")

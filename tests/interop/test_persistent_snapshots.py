@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from nbdbackup.fleece.snapshot_file import SnapshotFile
 from nbdbackup.fleece.snapshot_format import SnapshotFlags
 from tests.conftest import ServeFunction
+from tests.support.control import execute
 from tests.support.disks import MIB, allocated_bytes, make_disk
 from tests.support.peers import require
 from tests.support.processes import run, wait_until
@@ -46,27 +46,6 @@ def view(server: Server, export: str) -> bytes:
         reply = client.simple_reply(SIZE)
         assert reply.error == 0
         return reply.data
-
-
-def execute(server: Server, command: str, **arguments: object) -> object:
-    """What the QMP command returns; quicker than a process for each."""
-    with socket.socket(socket.AF_UNIX) as control:
-        control.settimeout(30)
-        control.connect(str(server.control))
-        with control.makefile("rw") as lines:
-            answer: dict[str, object] = json.loads(lines.readline())
-            for request in (
-                {"execute": "qmp_capabilities"},
-                {
-                    "execute": command,
-                    "arguments": {name.replace("_", "-"): arguments[name] for name in arguments},
-                },
-            ):
-                lines.write(json.dumps(request) + "\n")
-                lines.flush()
-                while "return" not in (answer := json.loads(lines.readline())):
-                    assert "error" not in answer, answer
-    return answer["return"]
 
 
 def listed(server: Server) -> dict[str, dict[str, object]]:

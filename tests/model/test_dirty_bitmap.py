@@ -140,7 +140,8 @@ class DirtyBitmapMachine(RuleBasedStateMachine):
             if number * unit < self.size:
                 area = Extent(number * unit, min(unit, self.size - number * unit))
                 bitmap.set(area)
-                self.own |= touched(area.offset, area.length, self.bitmap.granularity)
+                marked = touched(area.offset, area.length, self.bitmap.granularity)
+                (self.own if self.successor is None else self.successor).update(marked)
         self.bitmap.merge_clusters(bitmap)
         return multiple()
 

@@ -2,7 +2,8 @@
 
 Every change of the file, a half-done one of a plane included, is a *moment* at which the process may die:
 what is loaded from the file's bytes then must be dirty wherever the model says so, and where nothing was
-under way, nowhere else.
+under way, nowhere else. If it is loaded frozen for a holder, the frozen bits are all there, and the successor
+has all that was recorded since: the holder may end in either way.
 
 For a loss of power the disk has, of each page, what the last sync put there or anything stored since.
 """
@@ -16,15 +17,18 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nbdbackup.bitmap.dirty import DirtyBitmap, SavedBits
+from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.dirty import DirtyBitmap, Planes, SavedBits
 from nbdbackup.bitmap.file import BitmapFile
 from nbdbackup.bitmap.stored import StoredBitmap
+from nbdbackup.extents import Extent
 from tests.support.stored_bitmaps import BOOT, GRANULE, NEXT_BOOT, NOW_NS, SOURCE, make_store
 
 PAGE = 4096
 MEMORY = "/dev/shm"
 """Where a sync costs nothing."""
 GRANULES = 1000
+HOLDER = b"h" * 16
 
 
 class WatchedFile(BitmapFile):
@@ -88,12 +92,17 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         self.own: set[int] = set()
         self.successor: set[int] | None = None
         self.enabled = True
+        self.holder: bytes | None = None
         self.required: set[int] = set()
+        self.frozen: set[int] | None = None
+        """What a holder must find of its bits, once nobody but it may end the freeze."""
         self.cleared: tuple[SavedBits, set[int]] | None = None
-        self.looked_at: tuple[list[bytes], set[int]] = [], set()
+        self.looked_at: tuple[object, ...] = ()
         self.stored_since: list[set[bytes]] = []
 
     def teardown(self) -> None:
+        if hasattr(self, "bitmap"):
+            self.bitmap.file.close()
         self.place.cleanup()
 
     @initialize(power=st.booleans(), seed=st.integers(0, 1 << 32))
@@ -107,6 +116,7 @@ class StoredBitmapMachine(RuleBasedStateMachine):
 
     def take(self, bitmap: StoredBitmap) -> None:
         """Watch the file of `bitmap` from now on."""
+        bitmap.file.close()
         file = WatchedFile.open(bitmap.file.path)
         assert isinstance(file, WatchedFile)
         file.machine = self
@@ -127,24 +137,40 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         if not self.watching:
             return
         pages = self.pages()
-        if (pages, self.required) == self.looked_at:
+        now = pages, self.required, frozenset(self.frozen or ()), frozenset(self.successor or ())
+        if now == self.looked_at:
             return
-        self.looked_at = pages, self.required
+        self.looked_at = now
         for versions, page in zip(self.stored_since, pages, strict=True):
             versions.add(page)
-        assert self.required <= self.loaded(b"".join(pages), BOOT)
+        self.check(b"".join(pages), BOOT)
         if self.power:
             for _ in range(2):
                 left = [self.random.choice(sorted(versions)) for versions in self.stored_since]
-                assert self.required <= self.loaded(b"".join(left), NEXT_BOOT)
+                self.check(b"".join(left), NEXT_BOOT)
 
-    def loaded(self, data: bytes, boot: bytes) -> set[int]:
-        """What is dirty when the bytes are loaded on that boot."""
+    def check(self, data: bytes, boot: bytes) -> None:
+        """Nothing is lost of a bitmap whose file was left with these bytes."""
+        own, successor = self.loaded(data, boot)
+        if successor is None:
+            assert self.required <= own
+            return
+        # Frozen: its holder can end that in either way.
+        assert self.required <= own | successor
+        if self.frozen is not None:
+            assert self.frozen <= own
+            assert self.successor is not None
+            assert self.successor <= successor
+
+    def loaded(self, data: bytes, boot: bytes) -> tuple[set[int], set[int] | None]:
+        """What is dirty when the bytes are loaded on that boot, and in the successor if it is frozen then."""
         with TemporaryDirectory(prefix="stored-bitmap-", dir=MEMORY) as name:
             (Path(name) / "b.bitmap").write_bytes(data)
             (bitmap,) = make_store(Path(name), boot, self.power).load("disk", SOURCE)
-            assert bitmap.inconsistent == ""
-            return granules(bitmap)
+            try:
+                return what_is_loaded(bitmap, self.holder)
+            finally:
+                bitmap.file.close()
 
     # What happens.
 
@@ -165,35 +191,52 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         self.moment()
 
     @precondition(lambda self: self.successor is None)
-    @rule()
-    def create_successor(self) -> None:
+    @rule(holder=st.sampled_from([None, HOLDER]))
+    def create_successor(self, holder: bytes | None) -> None:
         self.forget()
-        self.bitmap.create_successor()
+        self.holder = holder
+        self.bitmap.create_successor(holder)
         self.successor = set()
+        self.frozen = set(self.own)
+        self.moment()
 
     @precondition(lambda self: self.successor is not None)
     @rule()
     def abdicate(self) -> None:
-        # The backup is complete: what it copied is no longer needed, from before the first store on.
+        # The backup is complete: what it copied is no longer needed, from before the first store on. But who
+        # finds the bitmap frozen still finds all that was frozen.
         assert self.successor is not None
-        self.own, self.successor = self.successor, None
-        self.required = set(self.own)
+        self.required = set(self.successor)
         self.bitmap.abdicate()
+        self.own, self.successor, self.frozen, self.holder = self.successor, None, None, None
 
     @precondition(lambda self: self.successor is not None)
     @rule()
     def reclaim(self) -> None:
         assert self.successor is not None
-        self.own |= self.successor
-        self.successor = None
         self.bitmap.reclaim()
+        self.own |= self.successor
+        self.successor = self.frozen = self.holder = None
+
+    @precondition(lambda self: self.successor is not None)
+    @rule(run=runs())
+    def keep_what_was_not_copied(self, run: tuple[int, int]) -> None:
+        assert self.successor is not None
+        clusters = ClusterBitmap(SOURCE.size, GRANULE)
+        end = min(run[1] * GRANULE, SOURCE.size)
+        clusters.set(Extent(run[0] * GRANULE, end - run[0] * GRANULE))
+        self.bitmap.merge_clusters(clusters)
+        self.successor.update(range(*run))
+        self.required = self.required | self.successor
 
     @precondition(lambda self: self.successor is None)
-    @rule(before=runs(), during=runs(), succeeds=st.booleans())
-    def back_up(self, before: tuple[int, int], during: tuple[int, int], succeeds: bool) -> None:
+    @rule(before=runs(), during=runs(), succeeds=st.booleans(), holder=st.sampled_from([None, HOLDER]))
+    def back_up(
+        self, before: tuple[int, int], during: tuple[int, int], succeeds: bool, holder: bytes | None
+    ) -> None:
         self.enable(True)
         self.write(before)
-        self.create_successor()
+        self.create_successor(holder)
         self.write(during)
         if succeeds:
             self.abdicate()
@@ -261,12 +304,11 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         self.watching = False
         held = set() if self.cleared is None else self.cleared[1]
         store = make_store(Path(self.place.name), power=self.power)
+        self.bitmap.file.close()
         (bitmap,) = store.load("disk", SOURCE)
-        self.own |= (self.successor or set()) | held
-        self.successor = self.cleared = None
-        assert granules(bitmap) == self.own
-        self.required = set(self.own)
-        self.take(bitmap)
+        self.own |= held
+        self.cleared = None
+        self.start_again_with(bitmap)
 
     @rule()
     def stop_and_start_again(self) -> None:
@@ -274,16 +316,30 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         self.watching = False
         store = make_store(Path(self.place.name), power=self.power)
         store.release(self.bitmap, SOURCE)
+        self.bitmap.file.close()
         (bitmap,) = make_store(Path(self.place.name), NEXT_BOOT, self.power).load("disk", SOURCE)
-        self.own |= self.successor or set()
-        self.successor = None
-        assert granules(bitmap) == self.own
-        self.required = set(self.own)
         # Back on the boot that the other moments are on.
         store = make_store(Path(self.place.name), BOOT, True)
         store.release(bitmap, SOURCE)
+        bitmap.file.close()
         (bitmap,) = make_store(Path(self.place.name), power=self.power).load("disk", SOURCE)
+        self.start_again_with(bitmap)
+
+    def start_again_with(self, bitmap: StoredBitmap) -> None:
+        """`bitmap` was loaded: frozen still if it has a holder, and that is there."""
+        assert what_is_loaded(bitmap, self.holder) == self.expected()
+        if self.holder is None:
+            self.own |= self.successor or set()
+            self.successor = self.frozen = None
+        self.required = self.own | (self.successor or set())
         self.take(bitmap)
+
+    def expected(self) -> tuple[set[int], set[int] | None]:
+        """What is to be loaded while nothing is under way."""
+        if self.holder is not None:
+            return self.own, self.successor
+        held = set() if self.cleared is None else self.cleared[1]
+        return self.own | (self.successor or set()) | held, None
 
     @invariant()
     def says_what_the_model_says(self) -> None:
@@ -292,9 +348,25 @@ class StoredBitmapMachine(RuleBasedStateMachine):
         assert granules(self.bitmap) == self.own
         assert self.bitmap.count == len(self.own)
         assert self.bitmap.successor_count == len(self.successor or ())
-        held = set() if self.cleared is None else self.cleared[1]
-        everything = self.own | (self.successor or set()) | held
-        assert self.loaded(b"".join(self.pages()), BOOT) == everything
+        assert self.loaded(b"".join(self.pages()), BOOT) == self.expected()
+
+
+def what_is_loaded(bitmap: StoredBitmap, holder: bytes | None) -> tuple[set[int], set[int] | None]:
+    """What is dirty in `bitmap`, and in its successor if it is frozen: for nobody but `holder`."""
+    assert bitmap.inconsistent == ""
+    own = granules(bitmap)
+    assert bitmap.count == len(own)
+    if not bitmap.is_frozen:
+        return own, None
+    assert bitmap.holder is not None
+    assert bitmap.holder == holder
+    assert bitmap.awaits_holder
+    spare = Planes(bitmap._planes.spare, bitarray())
+    successor = granules(DirtyBitmap("successor", bitmap.size, bitmap.granularity, planes=spare))
+    assert bitmap.successor_count == len(successor)
+    assert granules(bitmap.frozen_bits()) == own
+    assert granules(bitmap.frozen_copy()) == own | successor
+    return own, successor
 
 
 def granules(bitmap: DirtyBitmap) -> set[int]:

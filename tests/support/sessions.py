@@ -23,6 +23,7 @@ from nbdbackup.nbd.client import encode_request
 from nbdbackup.nbd.constants import BASE_ALLOCATION, Command, CommandFlags, TransmissionFlags
 from nbdbackup.nbd.reply_parser import Reply, ReplyParser
 from nbdbackup.server.exports import Export
+from nbdbackup.server.polling import POLL_MAX_US, Poller
 from nbdbackup.server.session import Session
 
 WAIT_S = 10.0
@@ -186,7 +187,7 @@ async def serving(
         info = replace(info, flags=info.flags & ~TransmissionFlags.SEND_DF)
     contexts = ((CONTEXT_ID, BASE_ALLOCATION),) if structured else ()
     negotiated = Negotiated(info, export.name, structured, contexts)
-    session = Session(ours, export, negotiated)
+    session = Session(ours, export, negotiated, poller=Poller(POLL_MAX_US / 1e6))
     client = Client(theirs, structured=structured)
     task = asyncio.get_running_loop().create_task(session.run(leftover))
     served = Served(session, negotiated, client, task)

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.bitmap.file_format import NO_HOLDER, HeaderFlags
 from nbdbackup.bitmap.identity import SIGN_OF_LIFE_SLACK_S, SourceIdentity, SourceKind
 from nbdbackup.bitmap.store import BitmapStore, current_boot_id
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.errors import ConflictError, DeviceError, UsageError
 from nbdbackup.extents import Extent
+from nbdbackup.job.sync import BitmapSyncMode, FrozenBitmap
 from tests.support.stored_bitmaps import BOOT, GRANULE, NEXT_BOOT, NOW_NS, SIZE, SOURCE, make_store
 
 SECOND_NS = 10**9
@@ -372,3 +375,79 @@ def test_state_that_is_no_directory_is_a_clear_error(tmp_path: Path) -> None:
 def test_the_boot_has_an_id() -> None:
     assert len(current_boot_id()) == 16
     assert current_boot_id() == current_boot_id()
+
+
+HOLDER = b"h" * 16
+
+
+def held(directory: Path) -> tuple[BitmapStore, StoredBitmap]:
+    """A bitmap in which granule 3 was dirty when it was frozen for HOLDER, and 9 became so after that."""
+    store = make_store(directory)
+    bitmap = new_bitmap(store)
+    bitmap.mark(3 * GRANULE, 1)
+    bitmap.create_successor(HOLDER)
+    bitmap.mark(9 * GRANULE, 1)
+    return store, bitmap
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
+@pytest.mark.parametrize("succeeds", [True, False], ids=["succeeds", "fails"])
+def test_a_backup_that_holds_a_bitmap_can_end_in_another_server(
+    tmp_path: Path, clean: bool, succeeds: bool
+) -> None:
+    store, bitmap = held(tmp_path)
+    if clean:
+        store.release(bitmap, SOURCE)
+    again = load(make_store(tmp_path))
+    assert (again.holder, again.awaits_holder, again.busy) == (HOLDER, True, True)
+    assert (dirty(again), again.count, again.successor_count) == ([3], 1, 1)
+    frozen = FrozenBitmap.adopt(again, BitmapSyncMode.ON_SUCCESS)
+    again.mark(20 * GRANULE, 1)
+    if succeeds:
+        frozen.succeed()
+    else:
+        frozen.fail(None)
+    expected = [9, 20] if succeeds else [3, 9, 20]
+    assert (dirty(again), again.holder, again.is_frozen) == (expected, None, False)
+    assert dirty(load(make_store(tmp_path))) == expected
+
+
+@pytest.mark.parametrize("plane", [0, 1])
+def test_damage_of_either_plane_of_a_held_bitmap_is_seen(tmp_path: Path, plane: int) -> None:
+    store, bitmap = held(tmp_path)
+    path, place = bitmap.file.path, bitmap.file.header.plane_offset(plane)
+    store.release(bitmap, SOURCE)
+    data = bytearray(path.read_bytes())
+    data[place + 9] ^= 4
+    path.write_bytes(data)
+    again = load(make_store(tmp_path))
+    assert (again.inconsistent, again.is_frozen) == ("its bits were damaged", False)
+
+
+def test_a_held_bitmap_of_a_disk_that_was_changed_is_inconsistent_and_not_frozen(tmp_path: Path) -> None:
+    store, bitmap = held(tmp_path)
+    store.release(bitmap, SOURCE)
+    again = load(make_store(tmp_path), replace(SOURCE, mtime_ns=NOW_NS + 1))
+    assert "changed while no server recorded it" in again.inconsistent
+    assert (again.is_frozen, again.holder) == (False, None)
+
+
+def test_what_an_always_counting_backup_did_not_copy_is_dirty_at_every_moment(tmp_path: Path) -> None:
+    _, bitmap = held(tmp_path)
+    frozen = FrozenBitmap.adopt(bitmap, BitmapSyncMode.ALWAYS)
+    not_copied = ClusterBitmap(SIZE, GRANULE)
+    not_copied.set(Extent(3 * GRANULE, GRANULE))
+    seen = []
+
+    class Watched(StoredBitmap):
+        __slots__ = ()
+
+        def _write(self, flags: HeaderFlags, holder: bytes = NO_HOLDER) -> None:
+            super()._write(flags, holder)
+            again = load(make_store(tmp_path))
+            seen.append(dirty(again.frozen_copy()))
+
+    bitmap.__class__ = Watched
+    frozen.fail(not_copied)
+    assert seen == [[3, 9]]
+    assert dirty(bitmap) == [3, 9]

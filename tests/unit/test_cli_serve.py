@@ -102,6 +102,13 @@ def test_unix_socket_replaces_tcp_unless_an_address_or_port_is_given(
     assert list(options_of("/d/vm.img", *arguments).listeners) == listeners
 
 
+def test_no_more_than_a_millisecond_of_polling_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options_of("/x").poll_max_us == 32
+    assert options_of("--poll-max-us", "0", "/x").poll_max_us == 0
+    for wrong in ("1001", "-1", "x"):
+        assert "--poll-max-us" in usage_error(capsys, "serve", f"--poll-max-us={wrong}", "/x")
+
+
 def test_without_a_source_there_is_no_listener_but_what_is_asked_for() -> None:
     assert options_of("--control", "/c").listeners == ()
     assert options_of("--control", "/c", "-k", "/s").listeners == (UnixAddress("/s"),)

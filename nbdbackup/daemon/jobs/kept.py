@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
@@ -368,9 +369,11 @@ class LostBackup(Job):
 
 
 def _frozen_bitmap(entry: Entry, record: JobRecord) -> FrozenBitmap | None:
-    """The bitmap that is frozen for the job still."""
-    del entry, record
-    return None
+    """The bitmap that was found frozen for the job, as its from now on."""
+    bitmap = entry.bitmaps.held_by(bytes.fromhex(record.uuid))
+    if not isinstance(bitmap, StoredBitmap) or record.bitmap_mode is None:
+        return None
+    return FrozenBitmap.adopt(bitmap, record.bitmap_mode)
 
 
 def _record_of(new: NewJob, own_id: uuid.UUID) -> JobRecord:

@@ -1,0 +1,194 @@
+"""Bitmaps that are frozen with a snapshot, and stay so when the server is stopped or killed, at any step."""
+
+import json
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from nbdbackup.crash_points import VARIABLE
+from tests.conftest import ServeFunction
+from tests.support.control import Refused, execute
+from tests.support.disks import make_sparse
+from tests.support.peers import require
+from tests.support.processes import run
+from tests.support.raw_client import CMD_WRITE, RawClient
+from tests.support.server import Server
+
+GRANULE = 65536
+SIZE = 64 * GRANULE
+KILLED = (EOFError, OSError)
+"""What a client sees of a server that is killed."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    return make_sparse(tmp_path / "disk.img", SIZE)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def dirty(server: Server, export: str = "disk", name: str = "b0") -> set[int]:
+    """The dirty granules as nbdinfo sees them."""
+    command = (require("nbdinfo"), "--json", f"--map=qemu:dirty-bitmap:{name}")
+    return {
+        granule
+        for extent in json.loads(run(*command, server.uri(export)))
+        if extent["type"]
+        for granule in range(
+            extent["offset"] // GRANULE, -(-(extent["offset"] + extent["length"]) // GRANULE)
+        )
+    }
+
+
+def write(server: Server, *granules: int) -> None:
+    with RawClient(server) as client:
+        client.go("disk")
+        for granule in granules:
+            client.request(CMD_WRITE, granule * GRANULE, 512, b"w" * 512)
+            assert client.simple_reply().error == 0
+
+
+def held_bitmap(server: Server, export: str = "disk@s") -> object:
+    """The bitmap that is frozen with the snapshot; None: there is none, or no such snapshot."""
+    listed = execute(server, "x-nbdbackup-query-snapshots")
+    assert isinstance(listed, list)
+    return next((info.get("bitmap") for info in listed if info["export"] == export), None)
+
+
+def frozen_for_a_snapshot(
+    serve: ServeFunction, disk: Path, state: Path, *options: str, kill_at: str = ""
+) -> Server:
+    """A server of which granules 1 and 2 were frozen as dirty with disk@s, and 9 was written after that.
+
+    `kill_at`: the crash point at which it dies once the snapshot is being made or dropped.
+    """
+    server = serve(options=options, state_dir=state, disk=disk, environment={VARIABLE: kill_at})
+    execute(server, "block-dirty-bitmap-add", node="disk", name="b0", persistent=True)
+    write(server, 1, 2)
+    with suppress(*KILLED):
+        execute(server, "x-nbdbackup-snapshot-create", nodes=["disk"], name="s", bitmap="b0")
+        write(server, 9)
+    return server
+
+
+def drop(server: Server, *, pulled: bool) -> None:
+    execute(server, "x-nbdbackup-snapshot-drop", snapshots=["disk@s"], pulled=pulled)
+
+
+def assert_killed_itself(server: Server) -> None:
+    assert server.process.wait(30) == -signal.SIGKILL
+    server.kill()
+
+
+def restarted(serve: ServeFunction, server: Server) -> Server:
+    """Another server of the same disk and state directory."""
+    return serve(server.sources, server.options, state_dir=server.state_dir)
+
+
+@pytest.mark.parametrize(
+    ("durability", "end"), [("process", "killed"), ("process", "stopped"), ("power", "killed")]
+)
+@pytest.mark.parametrize("pulled", [True, False], ids=["pulled", "not pulled"])
+def test_an_incremental_pull_can_be_done_again_after_a_restart(
+    serve: ServeFunction, disk: Path, state: Path, durability: str, end: str, pulled: bool
+) -> None:
+    server = frozen_for_a_snapshot(serve, disk, state, "--bitmap-durability", durability)
+    for granule in (20, 21):
+        (server.kill if end == "killed" else server.stop)()
+        server = restarted(serve, server)
+        assert held_bitmap(server) == "b0"
+        assert dirty(server, "disk@s") == {1, 2}
+        write(server, granule)
+        assert dirty(server) == {1, 2, 9, *range(20, granule + 1)}
+    with pytest.raises(Refused, match="Bitmap 'b0' is currently in use by another operation"):
+        execute(server, "block-dirty-bitmap-clear", node="disk", name="b0")
+    drop(server, pulled=pulled)
+    expected = {9, 20, 21} if pulled else {1, 2, 9, 20, 21}
+    assert dirty(server) == expected
+    server.kill()
+    assert dirty(restarted(serve, server)) == expected
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_bitmap_whose_snapshot_is_broken_after_the_restart_has_all_its_bits_again(
+    serve: ServeFunction, disk: Path, state: Path, end: str
+) -> None:
+    server = frozen_for_a_snapshot(serve, disk, state)
+    (server.kill if end == "killed" else server.stop)()
+    next((state / "scratch").iterdir()).unlink()
+    server = restarted(serve, server)
+    assert "bitmap 'b0' of node 'disk' is not frozen any more" in server.log()
+    assert dirty(server) == {1, 2, 9}
+    refused = server.cli("snapshot", "drop", "disk@s", "--pulled", check=False)
+    assert (refused.returncode, "drop it without --pulled" in refused.stderr) == (1, True)
+    drop(server, pulled=False)
+    execute(server, "block-dirty-bitmap-clear", node="disk", name="b0")
+
+
+def test_a_bitmap_and_its_snapshot_wait_for_their_node_together(
+    serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
+) -> None:
+    frozen_for_a_snapshot(serve, disk, state).stop()
+    server = serve(state_dir=state, other=make_sparse(tmp_path / "other.img", SIZE))
+    node = {"driver": "file", "node_name": "disk", "filename": str(disk)}
+    execute(server, "blockdev-add", **node)
+    assert (held_bitmap(server), dirty(server, "disk@s")) == ("b0", {1, 2})
+
+
+@pytest.mark.parametrize(
+    ("step", "found"),
+    [
+        ("snapshot.create.live", {1, 2}),
+        ("bitmap.create-successor.both", {1, 2}),
+    ],
+)
+def test_a_kill_while_a_bitmap_is_being_frozen_leaves_it_with_its_bits(
+    serve: ServeFunction, disk: Path, state: Path, step: str, found: set[int]
+) -> None:
+    server = frozen_for_a_snapshot(serve, disk, state, kill_at=step)
+    assert_killed_itself(server)
+    server = restarted(serve, server)
+    is_frozen = step.startswith("bitmap")
+    assert held_bitmap(server) == ("b0" if is_frozen else None)
+    assert dirty(server) == found
+    drop(server, pulled=True)
+    assert dirty(server) == (set() if is_frozen else found)
+
+
+@pytest.mark.parametrize(
+    ("step", "found"),
+    [
+        ("snapshot.drop.withdrawn", {1, 2, 9}),
+        ("bitmap.abdicate.alone", {9}),
+        ("bitmap.reclaim.not-held", {1, 2, 9}),
+        ("bitmap.reclaim.cleared", {1, 2, 9}),
+    ],
+)
+def test_a_kill_while_a_snapshot_is_being_dropped_costs_its_bitmap_nothing(
+    serve: ServeFunction, disk: Path, state: Path, step: str, found: set[int]
+) -> None:
+    server = frozen_for_a_snapshot(serve, disk, state, kill_at=step)
+    with pytest.raises(KILLED):
+        drop(server, pulled="reclaim" not in step)
+    assert_killed_itself(server)
+    server = restarted(serve, server)
+    assert execute(server, "x-nbdbackup-query-snapshots") == []
+    assert dirty(server) == found
+    execute(server, "block-dirty-bitmap-clear", node="disk", name="b0")
+
+
+@pytest.mark.parametrize("step", ["bitmap.load.merged", "bitmap.load.in-use"])
+def test_a_kill_while_a_frozen_bitmap_is_loaded_leaves_it_frozen(
+    serve: ServeFunction, disk: Path, state: Path, step: str
+) -> None:
+    server = frozen_for_a_snapshot(serve, disk, state)
+    server.stop()
+    with pytest.raises(AssertionError, match="status -9"):
+        serve(state_dir=state, disk=disk, environment={VARIABLE: step})
+    server = restarted(serve, server)
+    assert (held_bitmap(server), dirty(server, "disk@s"), dirty(server)) == ("b0", {1, 2}, {1, 2, 9})
