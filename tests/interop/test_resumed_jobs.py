@@ -481,3 +481,183 @@ def test_waiting_backup_says_how_to_go_on_when_its_server_goes_away(
     finish(server)
     assert new_file.image.read_bytes() == expected
     server.stop()
+
+
+# Bitmaps.
+
+
+def dirty(server: Server, bitmap: str) -> int:
+    """How many bytes of the disk are dirty in it."""
+    nodes = execute(server, "query-named-block-nodes")
+    assert isinstance(nodes, list)
+    (count,) = [found["count"] for found in nodes[0]["dirty-bitmaps"] if found.get("name") == bitmap]
+    assert isinstance(count, int)
+    return count
+
+
+def test_interrupted_incremental_goes_on_and_ends_its_bitmap(
+    server: Server, disk: Path, new_file: Push
+) -> None:
+    execute(server, "block-dirty-bitmap-add", node="disk", name="b", persistent=True)
+    write(server, 2 * MIB, b"1" * (3 * MIB))
+    expected = bytearray(SIZE)
+    expected[2 * MIB : 5 * MIB] = b"1" * (3 * MIB)
+    new_file.start(server, sync="incremental", bitmap="b")
+    write(server, 4 * MIB, b"2" * MIB)
+    write(server, 6 * MIB, b"3" * MIB)
+    server.kill()
+    restarted(server)
+    assert jobs(server)["j"]["total-progress"] == 3 * MIB
+    write(server, 7 * MIB, b"4" * MIB)
+    finish(server)
+    assert new_file.image.read_bytes() == expected
+    # What the backup has is clean; what was written since its point in time is dirty.
+    assert dirty(server, "b") == 3 * MIB
+    server.stop()
+
+
+def test_cancelled_incremental_gives_its_bitmap_everything_back(server: Server, new_file: Push) -> None:
+    execute(server, "block-dirty-bitmap-add", node="disk", name="b", persistent=True)
+    write(server, 2 * MIB, b"1" * (2 * MIB))
+    new_file.start(server, sync="incremental", bitmap="b")
+    server.stop()
+    restarted(server)
+    write(server, 6 * MIB, b"3" * MIB)
+    execute(server, "job-cancel", id="j")
+    wait_over(server)
+    assert dirty(server, "b") == 3 * MIB
+    server.stop()
+
+
+def test_what_the_target_has_flushed_is_not_copied_again(server: Server, disk: Path, remote: Push) -> None:
+    """A bounded scratch makes the job flush, and give back, every so often."""
+    expected = disk.read_bytes()
+    remote.start(server, speed=MIB, scratch_max=4 * MIB)
+    wait_until(lambda: progress(server) >= 3 * MIB, "three chunks")
+    write(server, 0, b"5" * MIB)
+    write(server, SIZE - MIB, b"6" * MIB)
+    server.kill()
+    restarted(server)
+    assert progress(server) >= 2 * MIB
+    finish(server)
+    assert remote.image.read_bytes() == expected
+    server.stop()
+
+
+# Every step that a crash can interrupt.
+
+STARTING = ("job.start.recorded", "job.start.made", "job.start.live")
+FINISHING = (
+    "job.give_back.flushed",
+    "job.finish.copied",
+    "job.finish.let_go",
+    "job.finish.complete",
+    "job.finish.committed",
+    "job.remove.sidecar",
+)
+LEAVING = ("job.leave.stopped", "job.leave.flushed", "job.leave.recorded", "job.leave.saved")
+ABORTING = ("job.abort.withdrawn", "job.abort.let_go", "job.abort.discarded", "job.remove.sidecar")
+
+
+def run_into(server: Server, point: str) -> None:
+    """Wait until the server was killed at that point."""
+    assert server.process.wait(WAIT_S) == -signal.SIGKILL, point
+
+
+@pytest.mark.parametrize("shape", ["new", "nbdkit"])
+@pytest.mark.parametrize("point", STARTING)
+def test_crash_while_a_push_starts_leaves_a_whole_job_or_none(
+    server: Server, disk: Path, tmp_path: Path, shape: str, point: str
+) -> None:
+    expected = disk.read_bytes()
+    server.stop()
+    restarted(server, environment={"NBDBACKUP_CRASH_AT": point})
+    with made_push(shape, tmp_path) as push:
+        with pytest.raises((OSError, ValueError)):
+            push.start(server)
+        run_into(server, point)
+        restarted(server)
+        if point == "job.start.live":
+            assert_interrupted(server)
+            finish(server)
+            assert push.image.read_bytes() == expected
+        assert rest_of(server) == []
+        assert jobs(server) == {}
+        assert not push.partial.exists()
+        push.arguments["job_id"] = "j"
+        push.start(server, speed=0)
+        wait_over(server)
+        assert push.image.read_bytes() == expected
+        server.stop()
+
+
+@pytest.mark.parametrize("shape", ["new", "existing", "scratch"])
+@pytest.mark.parametrize("point", FINISHING)
+def test_crash_while_a_push_ends_leaves_a_whole_target_or_a_job_that_makes_one(
+    server: Server, disk: Path, tmp_path: Path, shape: str, point: str
+) -> None:
+    if shape != "scratch" and point == "job.give_back.flushed":
+        pytest.skip("a direct job gives nothing back")
+    expected = disk.read_bytes()
+    server.stop()
+    restarted(server, environment={"NBDBACKUP_CRASH_AT": point})
+    execute(server, "block-dirty-bitmap-add", node="disk", name="b", persistent=True)
+    with made_push(shape, tmp_path) as push:
+        push.start(server, bitmap="b", bitmap_mode="on-success")
+        write(server, 0, b"7" * MIB)
+        execute(server, "block-job-set-speed", device="j", speed=0)
+        run_into(server, point)
+        if push.image.exists() and shape != "existing":
+            assert push.image.read_bytes() == expected
+        restarted(server)
+        if jobs(server):
+            write(server, MIB, b"8" * MIB)
+            finish(server)
+            assert dirty(server, "b") == 2 * MIB
+        else:
+            assert dirty(server, "b") == MIB
+        assert push.image.read_bytes() == expected
+        assert not push.partial.exists()
+        assert rest_of(server) == []
+        server.stop()
+
+
+@pytest.mark.parametrize("shape", ["new", "scratch", "nbdkit"])
+@pytest.mark.parametrize("point", LEAVING)
+def test_crash_while_a_push_is_left_loses_nothing(
+    server: Server, disk: Path, tmp_path: Path, shape: str, point: str
+) -> None:
+    if shape != "scratch" and point == "job.leave.recorded":
+        pytest.skip("only a new file that is not written to directly is recorded anew")
+    expected = disk.read_bytes()
+    server.stop()
+    restarted(server, environment={"NBDBACKUP_CRASH_AT": point})
+    with made_push(shape, tmp_path) as push:
+        push.start(server)
+        write(server, 0, b"9" * MIB)
+        server.process.terminate()
+        run_into(server, point)
+        restarted(server)
+        assert_interrupted(server)
+        finish(server)
+        assert push.image.read_bytes() == expected
+        server.stop()
+
+
+@pytest.mark.parametrize("shape", ["new", "scratch"])
+@pytest.mark.parametrize("point", ABORTING)
+def test_crash_while_a_push_is_cancelled_leaves_nothing(
+    server: Server, tmp_path: Path, shape: str, point: str
+) -> None:
+    server.stop()
+    restarted(server, environment={"NBDBACKUP_CRASH_AT": point})
+    with made_push(shape, tmp_path) as push:
+        push.start(server)
+        execute(server, "job-cancel", id="j")
+        run_into(server, point)
+        restarted(server)
+        assert jobs(server) == {}
+        assert rest_of(server) == []
+        assert not push.partial.exists()
+        assert not push.image.exists()
+        server.stop()
