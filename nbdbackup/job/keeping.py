@@ -17,7 +17,7 @@ from nbdbackup.errors import CopyError, Side
 from nbdbackup.extents import Extent
 from nbdbackup.job.target import Target
 
-UNFLUSHED_BYTES_MAX = 64 << 20
+UNFLUSHED_BYTES_MAX = 32 << 20
 """So much may have to be copied once more after a crash; each flush keeps the job waiting."""
 UNFLUSHED_S_MAX = 5.0
 SCRATCH_SHARE = 4
