@@ -32,6 +32,7 @@ from nbdbackup.bitmap.file_format import (
     checksum,
     parse,
 )
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, DeviceError
 
 _FS_IOC_GETFLAGS = 0x80086601
@@ -67,8 +68,10 @@ class BitmapFile:
         except OSError as error:
             raise failed(error, f"cannot make bitmap file {path}") from error
         try:
+            reach("bitmap.create.opened")
             _disable_copy_on_write(fd)
             os.posix_fallocate(fd, 0, header.file_bytes)
+            reach("bitmap.create.allocated")
             file = cls(path, fd, header, stale_slot=0)
             file.write_header(header, sync=True)
             return file
@@ -138,6 +141,7 @@ class BitmapFile:
         self._store(self._stale_slot, slot)
         if sync:
             self.sync()
+        reach("bitmap.header.between")
         self._store(1 - self._stale_slot, slot)
         self._stale_slot = 0
         if sync:

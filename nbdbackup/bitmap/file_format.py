@@ -80,6 +80,8 @@ class HeaderFlags(IntFlag):
     """What is set in the other plane is dirty too."""
     POWER = 16
     """Every bit was on disk before the write that it stands for was begun."""
+    REMOVED = 32
+    """Its removal has begun: it records no more, and the file goes when the directory is opened."""
 
 
 _ALL_FLAGS = sum(HeaderFlags)

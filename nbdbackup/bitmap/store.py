@@ -84,6 +84,7 @@ class BitmapStore:
             for path in paths:
                 if path.suffix == NEW_SUFFIX:
                     path.unlink()
+                    reach("bitmap.open.tidied")
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for bitmaps") from error
         for path in paths:
@@ -93,6 +94,9 @@ class BitmapStore:
     def _note(self, path: Path) -> None:
         file = BitmapFile.open(path)
         file.close()
+        if HeaderFlags.REMOVED in file.header.flags:
+            _finish_removal(path)
+            return
         names = self._at_rest.setdefault(file.header.node, {})
         if (other := names.setdefault(file.header.name, path)) != path:
             raise ConflictError(
@@ -121,6 +125,7 @@ class BitmapStore:
         for node, name, known in self.at_rest():
             if known == path:
                 path.unlink(missing_ok=True)
+                reach("bitmap.clean.unlinked")
                 del self._at_rest[node][name]
                 return node
         raise NotFoundError(f"bitmap file {path} is in use, or gone")
@@ -150,6 +155,7 @@ class BitmapStore:
         )
         path = self._path(header)
         file = BitmapFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
+        reach("bitmap.create.made")
         bitmap = StoredBitmap(file, self._run)
         self._loaded.add(bitmap)
         return bitmap
@@ -167,6 +173,7 @@ class BitmapStore:
             bitmap.file.rename(path)
         except OSError as error:
             raise failed(error, f"cannot rename {bitmap.file.path} to {path}") from error
+        reach("bitmap.publish.renamed")
 
     def load(self, node: str, identity: SourceIdentity) -> list[StoredBitmap]:
         """Every bitmap of `node`, whose source is as `identity` says, in use from now on.
@@ -218,6 +225,7 @@ class BitmapStore:
             OSError: the file cannot be removed.
         """
         bitmap.file.remove()
+        reach("bitmap.remove.unlinked")
         self._loaded.discard(bitmap)
 
     def sync_directory(self) -> None:
@@ -281,3 +289,11 @@ class BitmapStore:
         if max(len(node), len(name)) > NAME_PART_BYTES_MAX:
             return self.directory / f"{node[:NAME_PART_BYTES_MAX]}:{header.uuid.hex()}{SUFFIX}"
         return self.directory / f"{node}:{name}{SUFFIX}"
+
+
+def _finish_removal(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise failed(error, f"cannot remove bitmap file {path}, whose removal had begun") from error
+    reach("bitmap.open.removed")

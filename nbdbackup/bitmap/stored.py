@@ -9,6 +9,7 @@ If the process is killed between any two stores, the file says dirty of everythi
                       the own one counts alone
     clear             a copy to the spare plane; BOTH count; the own plane is cleared;
       and `forget`    the own one counts alone; the spare one is cleared
+    remove            the header says REMOVED; (writes go on unrecorded;) the file goes
 
 What a crash interrupts is found undone: frozen bits and the successor's together, cleared bits set again.
 
@@ -24,6 +25,7 @@ begun (`DurableMarks`).
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
@@ -145,6 +147,7 @@ class StoredBitmap(DirtyBitmap):
         if self.durable:
             self._planes.own |= self._planes.spare
             self.file.sync()
+            reach("bitmap.reclaim.merged")
         super().reclaim()
         self.awaits_holder = False
         reach("bitmap.reclaim.cleared")
@@ -154,15 +157,18 @@ class StoredBitmap(DirtyBitmap):
         if self._cleared is not None or not self.count:
             return super().clear()
         self._planes.spare |= self._planes.own
+        reach("bitmap.clear.saved")
         self._write(self.file.header.flags | HeaderFlags.BOTH)
         reach("bitmap.clear.both")
         self._cleared = super().clear()
+        reach("bitmap.clear.cleared")
         return self._cleared
 
     def restore(self, saved: SavedBits) -> None:
         super().restore(saved)
         if self.durable:
             self.file.sync()
+        reach("bitmap.restore.restored")
         if saved is self._cleared:
             self.forget(saved)
 
@@ -175,20 +181,34 @@ class StoredBitmap(DirtyBitmap):
 
     def merge(self, sources: Sequence[DirtyBitmap]) -> None:
         super().merge(sources)
+        reach("bitmap.merge.merged")
         if self.durable:
             self.file.sync()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
         super().merge_clusters(clusters)
+        reach("bitmap.merge-clusters.merged")
         if self.durable:
             self.file.sync()
 
     def invalidate(self, reason: str) -> None:
         """Its bits are of no use from now on, and say so also when they are loaded again. Never fails."""
+        self._give_up(reason, self.file.header.flags)
+
+    def withdraw(self) -> None:
+        """It is to be removed: whatever befalls that, nobody finds it again. Never fails."""
+        self._give_up("it was being removed", self.file.header.flags | HeaderFlags.REMOVED)
+        reach("bitmap.remove.withdrawn")
+
+    def _give_up(self, reason: str, flags: HeaderFlags) -> None:
         self.inconsistent = reason
         self._enabled = False
         self._choose_plane()
-        self.file.write_header(replace(self.file.header, inconsistent=reason), sync=False)
+        # A disk that fails to sync loses what it may; nobody could do more about it.
+        with suppress(OSError):
+            self.file.write_header(
+                replace(self.file.header, inconsistent=reason, flags=flags), sync=self.durable
+            )
 
     def _write(self, flags: HeaderFlags, holder: bytes = NO_HOLDER) -> None:
         self.file.write_header(replace(self.file.header, flags=flags, holder=holder), sync=self.durable)
@@ -216,6 +236,7 @@ class StoredBitmap(DirtyBitmap):
             bits_checksum=self.file.bits_checksum(),
         )
         self.file.write_header(header, sync=True)
+        reach("bitmap.save.saved")
 
     async def close(self) -> None:
         """Give up the file; nobody may use the bitmap any more."""

@@ -37,6 +37,7 @@ from nbdbackup.block.linux import (
     queue_attribute,
 )
 from nbdbackup.block.locks import lock_image
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.extents import Allocation, ContextExtent, Extent, StatusExtent, merge_status
 
@@ -155,6 +156,7 @@ class FileDevice(BlockDevice):
         try:
             if lock:
                 lock_image(fd, path, writable=True)
+            reach("partial.file.opened")
             os.ftruncate(fd, size)
             return cls(fd, path, size)
         except BaseException as error:

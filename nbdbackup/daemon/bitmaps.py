@@ -20,7 +20,7 @@ from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node, drained
 from nbdbackup.daemon.chains import Chains
 from nbdbackup.daemon.graph import Entry, Graph
-from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
+from nbdbackup.daemon.stored_bitmaps import StoredBitmaps, flush_source
 from nbdbackup.daemon.transaction import Action
 from nbdbackup.errors import NotFoundError, UsageError
 from nbdbackup.fleece.dirty_tracker import DirtyTracker
@@ -157,7 +157,13 @@ def _track(entry: Entry) -> None:
 
 
 class BitmapAction(Action):
-    """A step that changes one bitmap of the node called `node`; subclasses say how in `take`."""
+    """A step that changes one bitmap of the node called `node`; subclasses say how in `take`.
+
+    `begins_anew`: clean bits are to mean that the disk is as at this instant, which then has to outlive
+    a loss of power if the bitmap does.
+    """
+
+    begins_anew = False
 
     def __init__(self, bitmaps: Bitmaps, node: str, name: str) -> None:
         self.name = name
@@ -180,6 +186,13 @@ class BitmapAction(Action):
 
     async def ready(self) -> None:
         self._entry = self._bitmaps.entry(self._node)
+        # Most of it now, while clients go on.
+        await self.settle()
+
+    async def settle(self) -> None:
+        store = self._bitmaps.store
+        if self.begins_anew and store is not None and store.power:
+            await flush_source(self.entry.node)
 
     def nodes(self) -> Sequence[Node]:
         return [self.entry.node]
@@ -194,6 +207,8 @@ class BitmapAction(Action):
 
 class AddBitmap(BitmapAction):
     """block-dirty-bitmap-add."""
+
+    begins_anew = True
 
     def __init__(self, bitmaps: Bitmaps, request: BitmapAdd) -> None:
         super().__init__(bitmaps, request.node, request.name)
@@ -211,6 +226,7 @@ class AddBitmap(BitmapAction):
         check_granularity(granularity)
         if request.persistent:
             self.made = await self._make_stored(entry, granularity)
+            await self.settle()
         else:
             self.made = DirtyBitmap(request.name, entry.node.size, granularity, enabled=request.enabled)
 
@@ -268,7 +284,7 @@ class RemoveBitmap(BitmapAction):
             self._bitmaps.withdraw(self.entry, self.bitmap)
         if isinstance(self.bitmap, StoredBitmap):
             # Should its file stay, because of a crash or an error: it does not record any more.
-            self.bitmap.invalidate("it was being removed")
+            self.bitmap.withdraw()
         self._is_removed = True
 
     async def clean(self) -> None:
@@ -279,6 +295,7 @@ class RemoveBitmap(BitmapAction):
 class ClearBitmap(BitmapAction):
     """block-dirty-bitmap-clear."""
 
+    begins_anew = True
     _saved: SavedBits
 
     def take(self) -> None:
@@ -299,6 +316,7 @@ class EnableBitmap(BitmapAction):
         super().__init__(bitmaps, node, name)
         self._enabled = enabled
         self._was_enabled = False
+        self.begins_anew = enabled
 
     def take(self) -> None:
         check_changeable(self.bitmap)

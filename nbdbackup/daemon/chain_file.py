@@ -24,6 +24,7 @@ import msgspec
 
 from nbdbackup.bitmap.file import failed
 from nbdbackup.bitmap.store import NEW_SUFFIX
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import DeviceError
 
 FILE_NAME = "checkpoints.json"
@@ -100,6 +101,7 @@ class ChainFile:
                 file.write(_build(records))
                 file.flush()
                 os.fsync(file.fileno())
+                reach("checkpoint.file.written")
         except OSError as error:
             with suppress(OSError):
                 self._new.unlink()
@@ -117,6 +119,7 @@ class ChainFile:
             os.replace(self._new, self.path)
         except OSError as error:
             raise failed(error, f"cannot write checkpoint file {self.path}") from error
+        reach("checkpoint.file.replaced")
 
 
 def _build(records: list[ChainRecord]) -> bytes:

@@ -21,9 +21,11 @@ from msgspec.structs import replace
 
 from nbdbackup.bitmap.checkpoints import Checkpoint, CheckpointChain
 from nbdbackup.bitmap.dirty import DirtyBitmap
+from nbdbackup.bitmap.file import sync_directory
 from nbdbackup.bitmap.node_bitmaps import GRANULARITY_DEFAULT
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node
+from nbdbackup.crash_points import reach
 from nbdbackup.daemon.chain_file import ChainFile, ChainRecord, State
 from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
 
@@ -87,14 +89,23 @@ class Chains:
         await self.store.run(self._file.write_new, self._proposed)
 
     def accept(self) -> None:
-        """What was proposed is so; on disk after `sync`. Never waits.
+        """What was proposed is so; on disk after `sync`, or now if it outlives a loss of power.
+
+        For then no write may pass that the bitmap of a checkpoint which is gone does not record. The event
+        loop waits for that, some milliseconds.
 
         Raises:
             DeviceError: the file cannot be replaced, and is as it was.
         """
-        if self._file is not None:
-            self._file.replace()
-            self._records = self._proposed
+        if self._file is None or self.store is None:
+            return
+        self._file.replace()
+        self._records = self._proposed
+        if self.store.power:
+            try:
+                sync_directory(self.store.directory)
+            except OSError as error:
+                logger.error("cannot sync %s: %s", self.store.directory, error.strerror or error)
 
     async def sync(self) -> None:
         """What was accepted is so on disk."""
@@ -147,6 +158,7 @@ class Chains:
         for record in records:
             if record.state is State.MAKING and last is not None:
                 _take_back(last, bitmaps.get(record.uuid))
+                reach("checkpoint.load.taken-back")
         await self._end_bitmaps([record for record in records if record.state is not State.MADE], bitmaps)
         found: list[DirtyBitmap] = list(bitmaps.values())
         chain = self.chain(node)
@@ -163,6 +175,7 @@ class Chains:
             bitmap = bitmaps.pop(record.uuid, None)
             if bitmap is not None and self.store is not None:
                 await self.store.remove(bitmap)
+                reach("checkpoint.load.removed")
             self.forget(record.uuid)
         if records:
             await self._write(self._records)

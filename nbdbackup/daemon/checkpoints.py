@@ -16,6 +16,7 @@ from nbdbackup.bitmap.dirty import DirtyBitmap, SavedBits
 from nbdbackup.bitmap.node_bitmaps import check_usable
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node
+from nbdbackup.crash_points import reach
 from nbdbackup.daemon.bitmaps import REMOVER, AddBitmap, BitmapAction, Bitmaps
 from nbdbackup.daemon.chain_file import ChainRecord, State
 from nbdbackup.daemon.chains import Chains
@@ -130,6 +131,7 @@ class TakeCheckpoint(AddBitmap):
         if parent is not None and not parent.bitmap.inconsistent:
             self._stopped = parent.bitmap
             self._stopped.enabled = False
+            reach("checkpoint.create.parent-stopped")
 
     def abort(self) -> None:
         assert self._checkpoint is not None
@@ -175,7 +177,9 @@ class DeleteCheckpoint(BitmapAction):
             if not self.bitmap.inconsistent and not self._parent.inconsistent:
                 self._saved = self._parent.save()
                 self._parent.merge([self.bitmap])
+                reach("checkpoint.delete.merged")
                 self._parent.enabled = self.bitmap.enabled
+                reach("checkpoint.delete.parent-records")
         self.bitmap.users.append(REMOVER)
         self._checkpoint = checkpoint
         self._index = chain.remove(checkpoint)
@@ -205,7 +209,7 @@ class DeleteCheckpoint(BitmapAction):
         self._bitmaps.take_out(self.entry, self.bitmap)
         if isinstance(self.bitmap, StoredBitmap):
             # Should its file stay, because of an error: it does not record any more.
-            self.bitmap.invalidate("it was being removed")
+            self.bitmap.withdraw()
 
 
 class StoreChains(Action):
@@ -229,8 +233,10 @@ class StoreChains(Action):
         if records:
             self._is_announced = True
             await self._chains.announce(records)
+            reach("checkpoint.create.announced")
             for action in self._made:
                 action.publish_early()
+            reach("checkpoint.create.published")
             await self._chains.sync()
         await self._chains.propose(records, [action.ident for action in self._removed])
 
@@ -238,7 +244,9 @@ class StoreChains(Action):
         steps: list[TakeCheckpoint | DeleteCheckpoint] = [*self._made, *self._removed]
         for step in steps:
             step.seal()
+        reach("checkpoint.change.sealed")
         self._chains.accept()
+        reach("checkpoint.change.accepted")
         self._is_done = True
 
     async def clean(self) -> None:
@@ -250,4 +258,5 @@ class StoreChains(Action):
         for action in self._removed:
             if isinstance(action.bitmap, StoredBitmap) and self._chains.store is not None:
                 await self._chains.store.remove(action.bitmap)
+                reach("checkpoint.delete.removed")
             self._chains.forget(action.ident)

@@ -15,6 +15,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 from nbdbackup.bitmap.file import failed
+from nbdbackup.crash_points import reach
 from nbdbackup.job.target import NewFileTarget, partial_path
 
 
@@ -39,15 +40,18 @@ class PartialFiles:
             record = self._record(partial_path(path))
         except OSError as error:
             raise failed(error, f"cannot record the backup {path} in {self._directory}") from error
+        reach("partial.record.made")
         try:
             target = NewFileTarget(path, size)
         except BaseException:
             _remove(record)
             raise
         self._targets.add(target)
+        reach("partial.file.made")
         with suppress(OSError):
             status = os.stat(target.partial)
             os.rename(record, f"{record}.{status.st_dev:x}.{status.st_ino:x}")
+        reach("partial.record.named")
         return target
 
     def take_over(self, path: str, size: int) -> NewFileTarget:

@@ -20,7 +20,9 @@ from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze
 from nbdbackup.bitmap.node_bitmaps import check_changeable
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node
+from nbdbackup.crash_points import reach
 from nbdbackup.daemon.graph import Entry, Graph
+from nbdbackup.daemon.stored_bitmaps import flush_source
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots, info_at_rest, plan_of
 from nbdbackup.daemon.transaction import Action, run_transaction
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
@@ -135,6 +137,8 @@ class Snapshots:
 
         `pulled`: what was dirty in the bitmap frozen with it is dealt with; else the bitmap has it again.
         """
+        if pulled:
+            await self._settle_sources(exports)
         at_rest = []
         for export_name in dict.fromkeys(exports):
             if export_name in self.live:
@@ -162,6 +166,12 @@ class Snapshots:
         for export_name in at_rest:
             assert self.store is not None
             await self.store.remove_at_rest(export_name)
+
+    async def _settle_sources(self, exports: Sequence[str]) -> None:
+        """What was pulled is on the disk as well, as far as bitmaps shall outlive a loss of power."""
+        for kept in [self.live[name] for name in exports if name in self.live]:
+            if isinstance(kept.bitmap, StoredBitmap) and kept.bitmap.durable:
+                await flush_source(kept.snapshot.plan.node)
 
     def _check_pulled(self, export_name: str, *, pulled: bool) -> None:
         broken = self.live[export_name].snapshot.broken
@@ -214,6 +224,7 @@ class Snapshots:
                 continue
             snapshot = kept.snapshot
             await snapshot.drop()
+            reach("snapshot.drop.taken-out")
             if self.store is None or kept.stored is None:
                 logger.info("snapshot %s dropped", snapshot.export_name)
             elif self._ending[kept]:
@@ -406,6 +417,7 @@ class TakeSnapshot(Action):
         kept.frozen = [freeze.finish() for freeze in freezes]
         self._snapshots.graph.check_point_in_time(self._entry.node)
         kept.snapshot.insert()
+        reach("snapshot.create.inserted")
         if kept.stored is not None:
             kept.stored.go_live(kept.snapshot.created)
         if bitmap is not None:

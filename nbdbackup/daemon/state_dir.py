@@ -15,6 +15,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, DeviceError
 
 VERSION = 1
@@ -94,6 +95,7 @@ class StateDirectory:
                 file.write(f"{VERSION}\n")
                 file.flush()
                 os.fsync(file.fileno())
+            reach("state.version.written")
             new.rename(path)
         except OSError:
             with suppress(OSError):

@@ -46,6 +46,7 @@ class StoredBitmaps:
 
     def __init__(self, directory: Path, *, power: bool) -> None:
         self.directory = directory
+        self.power = power
         self._executor = IoExecutor("bitmaps")
         self.run = self._executor.run
         """Runs functions that block, in threads."""
@@ -108,6 +109,8 @@ class StoredBitmaps:
         """Save `bitmap`, whose node goes. A failure is logged: the file is as after a crash then."""
         self._store.retire(bitmap)
         try:
+            # First: a clean bit says that what a backup has is on the disk too.
+            await flush_source(node)
             await self._executor.run(lambda: self._store.release(bitmap, source_identity(node.bottom)))
         except OSError as error:
             logger.error(
@@ -134,6 +137,16 @@ class StoredBitmaps:
             raise failed(error, f"cannot remove bitmap file {path}") from error
         finally:
             await bitmap.close()
+
+
+async def flush_source(node: Node) -> None:
+    """What was written to the source of `node` is on its disk; works also while the node stands still.
+
+    Raises:
+        OSError: it is not.
+    """
+    if not node.bottom.read_only:
+        await node.bottom.flush()
 
 
 def source_identity(device: BlockDevice) -> SourceIdentity:

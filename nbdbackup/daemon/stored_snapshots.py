@@ -9,7 +9,8 @@ from pathlib import Path
 from nbdbackup.bitmap.file import failed
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.node import Node, drained
-from nbdbackup.daemon.stored_bitmaps import SIGN_OF_LIFE_S, source_identity
+from nbdbackup.crash_points import reach
+from nbdbackup.daemon.stored_bitmaps import SIGN_OF_LIFE_S, flush_source, source_identity
 from nbdbackup.errors import ConflictError
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.fleece.snapshot_store import (
@@ -93,6 +94,8 @@ class StoredSnapshots:
         """Save `stored`, whose filter is out. A failure is logged: it is as after a crash then."""
         self._store.retire(stored)
         try:
+            # First: what was not saved is in the source.
+            await flush_source(node)
             await self._executor.run(lambda: self._store.release(stored, source_identity(node.bottom)))
             logger.info("snapshot %s is kept", stored.header.export_name)
         except OSError as error:
@@ -115,6 +118,7 @@ class StoredSnapshots:
             return
         try:
             await self._executor.run(os.ftruncate, scratch_fd, 0)
+            reach("snapshot.break.freed")
         finally:
             os.close(scratch_fd)
 

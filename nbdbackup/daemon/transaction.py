@@ -4,8 +4,8 @@ An `Action` is one step. All nodes that the steps name are drained together; at 
 is prepared in turn, so that a later one sees what an earlier one did; if one fails, those before it
 are undone, the last first, and nothing has changed. Only then are all committed, and the nodes go on.
 
-    ready (any time)  ->  drained: prepare, prepare, ...  ->  commit, commit, ...   ->  clean
-                                                    `----->  abort in reverse order ->  clean
+    ready (any time)  ->  drained: settle, ..., prepare, ...  ->  commit, commit, ...   ->  clean
+                                                        `----->  abort in reverse order ->  clean
 
 A single command is a transaction of one step.
 
@@ -38,6 +38,13 @@ class Action:
     def nodes(self) -> Sequence[Node]:
         """The nodes that have to stand still; asked for after `ready`."""
         return ()
+
+    async def settle(self) -> None:
+        """Wait for what has to be so at the instant. The nodes are drained: be quick.
+
+        Raises:
+            NbdBackupError, OSError: it cannot be; nothing has changed.
+        """
 
     def prepare(self) -> None:
         """Take the step, so that `abort` can undo it. The nodes are drained: be quick.
@@ -94,6 +101,8 @@ async def run_transaction(actions: Sequence[Action]) -> None:
     async with AsyncExitStack() as cleaning:
         able, failure = await _ready(actions, cleaning)
         async with drained(*dict.fromkeys(node for action in able for node in action.nodes())):
+            for action in able:
+                await action.settle()
             _take(able, failure)
 
 

@@ -15,6 +15,7 @@ from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.block.device import BlockDevice, ReadableBuffer
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.filter import FilterDevice
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
 from nbdbackup.extents import Extent
 
@@ -139,6 +140,7 @@ def create_scratch_file(path: Path, size: int) -> int:
     """
     with _explained(path):
         fd = _open_new(path)
+    reach("snapshot.create.scratch-opened")
     try:
         _set_size(fd, size, path)
     except BaseException:

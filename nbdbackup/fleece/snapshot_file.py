@@ -19,6 +19,7 @@ from pathlib import Path
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.file import failed
 from nbdbackup.bitmap.file_format import HeaderError, checksum
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, DeviceError
 from nbdbackup.fleece.snapshot_format import MAPS_OFFSET, SLOT_BYTES, SnapshotHeader, build, parse
 
@@ -51,7 +52,9 @@ class SnapshotFile:
         except OSError as error:
             raise failed(error, f"cannot make snapshot file {path}") from error
         try:
+            reach("snapshot.create.opened")
             os.posix_fallocate(fd, 0, header.file_bytes)
+            reach("snapshot.create.allocated")
             file = cls(path, fd, header, stale_slot=0)
             file.write_header(header, sync=True)
             return file
@@ -118,6 +121,7 @@ class SnapshotFile:
                 self.sync()
             self._store(self._stale_slot, slot)
             self._stale_slot = 1 - self._stale_slot
+            reach("snapshot.header.between")
         if sync:
             self.sync()
 
@@ -130,6 +134,11 @@ class SnapshotFile:
     def sync(self) -> None:
         """Everything that was stored before this call is on disk; blocks as fdatasync(2) does."""
         os.fdatasync(self._fd)
+
+    def rename(self, path: Path) -> None:
+        """Give it another name; there must be nothing of that name yet. Not on disk yet."""
+        os.rename(self.path, path)
+        self.path = path
 
     def remove(self) -> None:
         """Take away its name; the maps can be used until `close`. Nothing happens if it has none."""

@@ -1,6 +1,7 @@
 """SnapshotStore: the snapshots that outlive their server, a sidecar for each in one directory.
 
-    create    the sidecar, not LIVE; scratch; LIVE at the instant, while the node is drained
+    create    the sidecar, not LIVE, under another name; its name; scratch; LIVE at the instant, while the
+              node is drained
     drop      not LIVE; the filter is taken out; scratch is removed; the sidecar is removed
     stop      the filter is taken out; scratch and maps are synced; not IN_USE, with the source as it is then
     breaking  the reason is in the sidecar before the write that was not saved is forwarded
@@ -31,9 +32,10 @@ from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.file import failed, sync_directory
 from nbdbackup.bitmap.file_format import cut
 from nbdbackup.bitmap.identity import SourceIdentity
-from nbdbackup.bitmap.store import current_boot_id
+from nbdbackup.bitmap.store import NEW_SUFFIX, current_boot_id
 from nbdbackup.block.file import FileDevice
 from nbdbackup.crash_points import reach
+from nbdbackup.errors import ConflictError
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
@@ -105,6 +107,7 @@ class StoredSnapshot:
         """It is broken, whatever happens from now on. Cannot fail."""
         reason = cut(cause.strerror or str(cause), REASON_BYTES_MAX)
         self.file.write_header(replace(self.header, broken=reason))
+        reach("snapshot.break.noted")
 
     def save_clean(self, identity: SourceIdentity) -> None:
         """Nobody uses it or its source, which is as `identity` says, any more; blocks as fsync(2) does.
@@ -113,7 +116,9 @@ class StoredSnapshot:
             OSError: it cannot be put on disk; it counts as in use until the next boot.
         """
         os.fsync(self._scratch_fd)
+        sync_directory(Path(self.header.scratch.path).parent)
         self.file.sync()
+        reach("snapshot.save.synced")
         header = replace(
             self.header,
             identity=identity,
@@ -122,6 +127,7 @@ class StoredSnapshot:
             maps_checksum=self.file.maps_checksum(),
         )
         self.file.write_header(header, sync=True)
+        reach("snapshot.save.saved")
 
     def remove(self) -> None:
         """Remove scratch and sidecar, of a snapshot that was withdrawn.
@@ -130,7 +136,9 @@ class StoredSnapshot:
             OSError: they cannot be removed; that is tried again when the directory is opened.
         """
         _remove_scratch(self.header)
+        reach("snapshot.remove.scratch")
         self.file.remove()
+        reach("snapshot.remove.sidecar")
 
     def dup_scratch(self) -> int | None:
         """Another descriptor of the scratch, the caller's to close; None: it was closed."""
@@ -198,8 +206,18 @@ class SnapshotStore:
         except OSError as error:
             raise failed(error, f"cannot use directory {self.directory} for snapshots") from error
         for path in paths:
-            if path.suffix == SUFFIX:
+            if path.suffix == NEW_SUFFIX:
+                self._tidy(path)
+            elif path.suffix == SUFFIX:
                 self._note(path)
+
+    def _tidy(self, path: Path) -> None:
+        """Remove a sidecar that a crash left before it was one: there is nothing beside it yet."""
+        try:
+            path.unlink()
+            reach("snapshot.open.tidied")
+        except OSError as error:
+            logger.error("cannot remove leftover %s: %s", path, error.strerror)
 
     def _note(self, path: Path) -> None:
         """Look at a sidecar: list it, or clear away what a crash left half done."""
@@ -230,6 +248,7 @@ class SnapshotStore:
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
             _remove_scratch(header)
+            reach("snapshot.open.scratch")
             path.unlink()
             logger.info("removed %s, which a crash had left half made or half dropped", path)
         except OSError as error:
@@ -261,7 +280,7 @@ class SnapshotStore:
             boot_id=self._boot_id,
             alive_ns=self._now_ns(),
         )
-        file = SnapshotFile.create(self.directory / f"{stem}{SUFFIX}", header)
+        file = self._create_sidecar(stem, header)
         try:
             if new.held_fd is None:
                 fd = create_scratch_file(scratch_path, identity.size)
@@ -271,12 +290,31 @@ class SnapshotStore:
             file.remove()
             file.close()
             raise
+        reach("snapshot.create.scratch")
         file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
+        reach("snapshot.create.known")
         if new.access_all:
             file.access().set_all()
+        reach("snapshot.create.made")
         snapshot = self._use(file, fd)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
+
+    def _create_sidecar(self, stem: str, header: SnapshotHeader) -> SnapshotFile:
+        """The sidecar, under its name from when it is whole on."""
+        path = self.directory / f"{stem}{SUFFIX}"
+        if path.exists():
+            raise ConflictError(f"snapshot file {path} exists already: move it away")
+        file = SnapshotFile.create(path.with_name(f"{path.name}.{header.uuid.hex()}{NEW_SUFFIX}"), header)
+        reach("snapshot.create.written")
+        try:
+            file.rename(path)
+        except OSError as error:
+            file.remove()
+            file.close()
+            raise failed(error, f"cannot make snapshot file {path}") from error
+        reach("snapshot.create.sidecar")
+        return file
 
     def load(self, node: str, identity: SourceIdentity) -> list[StoredSnapshot]:
         """The snapshots of `node`, whose source is as `identity` says, the oldest first, in use from now on.
@@ -329,6 +367,7 @@ class SnapshotStore:
             )
             # On disk before anybody writes to the source: what is there now would be believed.
             file.write_header(header, sync=True)
+            reach("snapshot.load.in-use")
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -347,6 +386,7 @@ class SnapshotStore:
         header = file.header
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
+        reach("snapshot.load.broken")
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
         return found
@@ -425,6 +465,7 @@ class SnapshotStore:
         found = self.at_rest[export_name]
         if found.header is not None:
             _remove_scratch(found.header)
+            reach("snapshot.remove-at-rest.scratch")
         with suppress(FileNotFoundError):
             found.path.unlink()
         del self.at_rest[export_name]

@@ -222,7 +222,8 @@ class BackupJob(Job):
     async def prepare(self) -> None:
         self._check_whole()
         await self._let_go()
-        reach("job.finish.let_go")
+        await self._settle_source()
+        reach("job.finish.let-go")
         await self.target.complete()
         reach("job.finish.complete")
 
@@ -236,7 +237,7 @@ class BackupJob(Job):
             await self._let_go()
         finally:
             await self._settle_bitmap_after_failure()
-        reach("job.abort.let_go")
+        reach("job.abort.let-go")
         await self.target.discard()
         reach("job.abort.discarded")
 
@@ -249,12 +250,21 @@ class BackupJob(Job):
         await self.target.discard()
         await self.clean()
 
+    async def _settle_source(self) -> None:
+        """If the bitmap outlives a loss of power: what was copied is on the source's disk too.
+
+        Else the source could lose it, and differ from the backup where the bitmap is clean.
+        """
+        if self._frozen is not None and self._frozen.durable:
+            await self.node.flush()
+
     async def _settle_bitmap_after_failure(self) -> None:
         if self._frozen is None:
             return
         is_kept = self._frozen.counts_what_was_copied and self.target.outlives_failure
         if is_kept:
             try:
+                await self._settle_source()
                 await self.target.device.flush()
             except OSError:
                 # Nobody knows what is there.

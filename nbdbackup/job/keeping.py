@@ -90,7 +90,7 @@ class GivingBack:
                 if isinstance(error, OSError):
                     raise CopyError(Side.TARGET, 0, self._target.device.size, error) from error
                 raise
-            reach("job.give_back.flushed")
+            reach("job.give-back.flushed")
             for run in runs:
                 await self._view.trim(run.offset, run.length)
 

@@ -140,6 +140,11 @@ class FrozenBitmap:
             self.thaw()
 
     @property
+    def durable(self) -> bool:
+        """Whether the bitmap outlives a loss of power; what it forgets has to be on the source's disk."""
+        return isinstance(self.bitmap, StoredBitmap) and self.bitmap.durable
+
+    @property
     def counts_what_was_copied(self) -> bool:
         """Whether a failed backup is good for something."""
         return self._mode is BitmapSyncMode.ALWAYS

@@ -15,6 +15,7 @@ from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.file import FileDevice
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.open import is_remote, open_device
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, DeviceError, UsageError
 
 BACKUP_USER = "a backup's target"
@@ -129,7 +130,9 @@ class NewFileTarget(Target):
 
     async def complete(self) -> None:
         await self.device.flush()
+        reach("target.complete.flushed")
         await self._executor.run(self._give_name)
+        reach("target.complete.named")
 
     async def discard(self) -> None:
         await self._executor.run(self._remove)
@@ -156,7 +159,9 @@ class NewFileTarget(Target):
             self._named = True
         else:
             self._named = True
+            reach("target.complete.linked")
             os.unlink(self.partial)
+        reach("target.complete.unlinked")
         _sync_directory(os.path.dirname(self.path) or ".")
 
     def _name_taken(self) -> ConflictError:
@@ -168,6 +173,7 @@ class NewFileTarget(Target):
                 os.unlink(path)
             except FileNotFoundError:
                 pass
+        reach("target.discard.removed")
 
 
 async def open_target(

@@ -565,15 +565,15 @@ def test_what_the_target_has_flushed_is_not_copied_again(server: Server, disk: P
 
 STARTING = ("job.start.recorded", "job.start.made", "job.start.live")
 FINISHING = (
-    "job.give_back.flushed",
+    "job.give-back.flushed",
     "job.finish.copied",
-    "job.finish.let_go",
+    "job.finish.let-go",
     "job.finish.complete",
     "job.finish.committed",
     "job.remove.sidecar",
 )
 LEAVING = ("job.leave.stopped", "job.leave.flushed", "job.leave.recorded", "job.leave.saved")
-ABORTING = ("job.abort.withdrawn", "job.abort.let_go", "job.abort.discarded", "job.remove.sidecar")
+ABORTING = ("job.abort.withdrawn", "job.abort.let-go", "job.abort.discarded", "job.remove.sidecar")
 
 
 def run_into(server: Server, point: str) -> None:
@@ -613,7 +613,7 @@ def test_crash_while_a_push_starts_leaves_a_whole_job_or_none(
 def test_crash_while_a_push_ends_leaves_a_whole_target_or_a_job_that_makes_one(
     server: Server, disk: Path, tmp_path: Path, shape: str, point: str
 ) -> None:
-    if shape != "scratch" and point == "job.give_back.flushed":
+    if shape != "scratch" and point == "job.give-back.flushed":
         pytest.skip("a direct job gives nothing back")
     expected = disk.read_bytes()
     server.stop()

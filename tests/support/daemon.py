@@ -25,6 +25,7 @@ from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
 from nbdbackup.daemon.snapshots import Snapshots
 from nbdbackup.daemon.stored_bitmaps import StoredBitmaps
+from nbdbackup.daemon.stored_snapshots import StoredSnapshots
 from nbdbackup.job.events import Event
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.server.exports import Export, ExportTable
@@ -76,11 +77,15 @@ class Daemon:
 
 @asynccontextmanager
 async def composed(
-    directory: Path, remote: RemoteOptions | None = None, *, stored: StoredBitmaps | None = None
+    directory: Path,
+    remote: RemoteOptions | None = None,
+    *,
+    stored: StoredBitmaps | None = None,
+    kept: StoredSnapshots | None = None,
 ) -> AsyncIterator[Daemon]:
     """A daemon with its scratch in `directory`; leaving ends it as SIGTERM does.
 
-    `remote`: of its targets. `stored`: keeps persistent bitmaps.
+    `remote`: of its targets. `stored`: keeps persistent bitmaps; `kept`: keeps snapshots.
     """
     scratch = directory / "scratch"
     scratch.mkdir(exist_ok=True)
@@ -94,7 +99,9 @@ async def composed(
         await stored.open()
         await bitmaps.chains.open()
     server = Server(exports, [listen_tcp("127.0.0.1", 0)])
-    snapshots = Snapshots(graph, server, scratch)
+    if kept is not None:
+        await kept.open()
+    snapshots = Snapshots(graph, server, scratch, kept)
     checkpoints = Checkpoints(bitmaps, snapshots)
     async with asyncio.timeout(WAIT_S * 3), asyncio.TaskGroup() as tasks:
         jobs = JobRegistry(tasks)
@@ -124,8 +131,9 @@ async def composed(
             for node in graph:
                 await bitmaps.release(graph.entry(node.name))
             await graph.close()
-            if stored is not None:
-                stored.close()
+            for threads in (stored, kept):
+                if threads is not None:
+                    threads.close()
 
 
 class Leftovers:

@@ -68,6 +68,11 @@ class Server:
         self._ended_by_test = False
 
     @property
+    def has_started(self) -> bool:
+        """Whether there is, or was, a process."""
+        return self._process is not None
+
+    @property
     def process(self) -> subprocess.Popen[bytes]:
         """The process, which has been started."""
         assert self._process is not None
