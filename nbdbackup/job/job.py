@@ -488,6 +488,8 @@ class Job(ABC):
 
     def _note_rest(self, resting: bool) -> None:
         """Make `status` true again after a worker came to rest, went on or left."""
+        if self._is_left:
+            return
         if not resting:
             self._leave_pause()
         elif self.status is JobStatus.RUNNING:
