@@ -91,8 +91,8 @@ class SnapshotFlags(IntFlag):
     """It was taken and not dropped. Without this it is what an unfinished create or drop left behind."""
     IN_USE = 2
     """A server saves clusters for it, or did until it died."""
-    FOREIGN = 4
-    """Clusters are saved in a file or block device of the user's, which stays when this goes."""
+    TARGET = 4
+    """Clusters are saved straight in a backup's target, which is not scratch to be removed."""
 
 
 _ALL_FLAGS = sum(SnapshotFlags)

@@ -1,5 +1,6 @@
 """Pushes that are interrupted, and go on at the same point in time: killed, stopped, out of reach."""
 
+import json
 import random
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from nbdbackup.fleece.snapshot_file import SnapshotFile
 from nbdbackup.fleece.snapshot_format import SnapshotFlags
 from tests.conftest import ServeFunction
 from tests.support.disks import MIB, make_disk
-from tests.support.processes import wait_until
+from tests.support.processes import run, wait_until
 from tests.support.pushes import (
     SHAPES,
     SIZE,
@@ -30,7 +31,7 @@ from tests.support.pushes import (
 )
 from tests.support.qmp import Refused, execute
 from tests.support.raw_client import CMD_WRITE, RawClient
-from tests.support.server import Server
+from tests.support.server import COMMAND, Server
 
 WAIT_S = 30.0
 
@@ -226,7 +227,10 @@ def test_job_of_a_disk_that_is_not_served_waits_for_it(
     server.sources = {"other": make_disk(tmp_path / "other.img", MIB)}
     restarted(server)
     assert jobs(server) == {}
-    assert execute(server, "x-nbdbackup-query-leftovers") == []
+    (left,) = json.loads(server.cli("state", "list", "--json").stdout)
+    assert (left["kind"], left["kept"]) == ("job", True)
+    assert left["reason"] == "interrupted backup 'j' of node 'disk', which there is not"
+    assert "1 kept" in server.cli("state", "clean").stderr
     target = str(tmp_path / "o.img")
     with pytest.raises(Refused, match="Job ID 'j' already in use"):
         execute(server, "x-nbdbackup-backup", node="other", target=target, sync="full", job_id="j")
@@ -236,6 +240,32 @@ def test_job_of_a_disk_that_is_not_served_waits_for_it(
     finish(server)
     assert new_file.image.read_bytes() == expected
     server.stop()
+
+
+def state_verb(server: Server, *arguments: str) -> str:
+    """What `nbdbackup state ...` prints while there is no server."""
+    return run(*COMMAND, "state", arguments[0], "--state-dir", server.state_dir, *arguments[1:])
+
+
+@pytest.mark.parametrize("shape", ["new", "nbdkit"])
+def test_interrupted_push_is_cleaned_away_without_a_server_only_if_that_is_asked_for(
+    server: Server, tmp_path: Path, shape: str
+) -> None:
+    with made_push(shape, tmp_path) as push:
+        push.start(server)
+        write(server, SIZE - MIB, b"a" * MIB)
+        server.kill()
+        (left,) = json.loads(state_verb(server, "list", "--json"))
+        assert (left["kind"], left["kept"]) == ("job", True)
+        assert state_verb(server, "clean") == ""
+        assert push.partial.exists() == (shape == "new")
+        assert "job" in state_verb(server, "clean", left["path"])
+        assert not push.partial.exists()
+        assert state_verb(server, "list") == ""
+        restarted(server)
+        assert jobs(server) == {}
+        assert rest_of(server) == []
+        server.stop()
 
 
 # Stopped.
@@ -405,6 +435,7 @@ def test_record_that_cannot_be_understood_is_named_and_left(
     assert len(lines) == 1
     assert reason in lines[0]
     assert len(list((server.state_dir / "jobs").iterdir())) == 2
+    assert "kept" in server.cli("state", "clean").stderr
     assert new_file.partial.exists()
     server.stop()
 

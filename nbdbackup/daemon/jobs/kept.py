@@ -117,15 +117,15 @@ class KeptJobs:
         self._resumes = resumes
         # One thread: two jobs of one name must not be made at the same time.
         self._executor = IoExecutor("jobs", threads_max=1)
-        self._store = JobStore(directory)
-        jobs.is_reserved = self._store.waits
-        partials.owners.append(self._store.partials_at_rest)
+        self.store = JobStore(directory)
+        jobs.is_reserved = self.store.waits
+        partials.owners.append(self.store.partials_at_rest)
         # Changing while running.
         self._kept: list[KeptBackup] = []
 
     async def open(self) -> None:
         """Look at what is there. Raises what `JobStore.open` does."""
-        await self._executor.run(self._store.open)
+        await self._executor.run(self.store.open)
 
     async def close(self) -> None:
         """Save the jobs that were left, when nobody uses their nodes any more."""
@@ -145,7 +145,7 @@ class KeptJobs:
     async def keep_alive(self) -> None:
         """Give signs of life, until cancelled."""
         while True:
-            self._store.give_sign_of_life()
+            self.store.give_sign_of_life()
             await asyncio.sleep(SIGN_OF_LIFE_S)
 
     # New jobs.
@@ -190,12 +190,12 @@ class KeptJobs:
             None if record.is_direct else new.request.scratch_bytes_max,
             record.on_cbw_error.value,
             record.cbw_timeout_s,
-            held_fd,
-            is_foreign=record.is_direct and record.existing,
+            held_fd=held_fd,
+            is_target=record.is_direct,
             access_all=not record.sync.copies_dirty,
             own_id=own_id,
         )
-        stored = self._store.create_job(record, snapshot, source_identity(new.node.bottom))
+        stored = self.store.create_job(record, snapshot, source_identity(new.node.bottom))
         if not record.is_direct:
             _ = stored.scratch  # made here, in a thread
         return KeptJob(self, record, stored, new.node)
@@ -207,9 +207,9 @@ class KeptJobs:
 
     async def remove(self, kept: KeptJob) -> None:
         """Remove the files of a job that was withdrawn. A failure is logged: the next start will."""
-        self._store.retire(kept.stored)
+        self.store.retire(kept.stored)
         try:
-            await self._executor.run(self._store.remove_job, kept.record, kept.stored)
+            await self._executor.run(self.store.remove_job, kept.record, kept.stored)
         except OSError as error:
             logger.error(
                 "cannot remove the files of backup %s (%s): %s",
@@ -221,10 +221,10 @@ class KeptJobs:
 
     async def save(self, kept: KeptJob, node: Node) -> None:
         """Save `kept`, whose filter is out. A failure is logged: it is as after a crash then."""
-        self._store.retire(kept.stored)
+        self.store.retire(kept.stored)
         try:
             await self._executor.run(
-                lambda: self._store.release_job(kept.record, kept.stored, source_identity(node.bottom))
+                lambda: self.store.release_job(kept.record, kept.stored, source_identity(node.bottom))
             )
         except OSError as error:
             logger.error(
@@ -243,7 +243,7 @@ class KeptJobs:
         Raises:
             NbdBackupError: a file cannot be used.
         """
-        for record in self._store.of_node(entry.node.name):
+        for record in self.store.of_node(entry.node.name):
             if record.is_complete():
                 await self._finish(entry, record)
             else:
@@ -261,7 +261,7 @@ class KeptJobs:
         with suppress(OSError):
             os.unlink(record.written_path)
         try:
-            await self._executor.run(self._store.remove_lost, record)
+            await self._executor.run(self.store.remove_at_rest, record.export_name)
         except OSError as error:
             logger.error("cannot remove what is left of backup %s: %s", record.job_id, error.strerror)
         logger.info(
@@ -273,7 +273,7 @@ class KeptJobs:
 
     async def _put_back(self, entry: Entry, record: JobRecord) -> None:
         node = entry.node
-        taken = await self._executor.run(lambda: self._store.take_job(record, source_identity(node.bottom)))
+        taken = await self._executor.run(lambda: self.store.take_job(record, source_identity(node.bottom)))
         if isinstance(taken, LostJob):
             self._list_lost(taken)
             return
@@ -283,8 +283,8 @@ class KeptJobs:
         except (NbdBackupError, OSError) as error:
             reason = f"its target cannot be used: {error}"
             kept.note_broken(DeviceError(errno.EIO, reason))
-            self._store.retire(taken)
-            await self._executor.run(self._store.release, taken, source_identity(node.bottom))
+            self.store.retire(taken)
+            await self._executor.run(self.store.release, taken, source_identity(node.bottom))
             taken.close()
             self._list_lost(LostJob(record, reason))
             return
@@ -346,7 +346,7 @@ class KeptJobs:
     async def remove_lost(self, record: JobRecord) -> None:
         """Remove what is left of a job that cannot go on. A failure is logged: the next start will."""
         try:
-            await self._executor.run(self._store.remove_lost, record)
+            await self._executor.run(self.store.remove_at_rest, record.export_name)
         except OSError as error:
             logger.error(
                 "cannot remove what is left of backup %s: %s", record.job_id, error.strerror or error

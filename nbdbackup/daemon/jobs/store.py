@@ -39,10 +39,13 @@ from nbdbackup.fleece.snapshot_store import (
     StoredSnapshot,
     stem_of,
 )
+from nbdbackup.fleece.stored_scratch import scratch_bytes_used
 
 logger = logging.getLogger(__name__)
 
 RECORD_SUFFIX = ".job"
+BLOCK_BYTES = 512
+"""The unit of `st_blocks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,23 @@ class JobStore(SnapshotStore):
         names = [*self.at_rest, *self._strange]
         return any(name.rpartition("@")[2] == job_id for name in names)
 
+    @property
+    def has_strange(self) -> bool:
+        """Whether there are files that cannot be understood: nobody knows what belongs to them."""
+        return bool(self._strange)
+
+    def records_at_rest(self) -> list[tuple[JobRecord, Path, int]]:
+        """Every job that can be understood, its file, and how many bytes what belongs to it takes."""
+        found = []
+        for name, record in sorted(self._records.items()):
+            header = self.at_rest[name].header if name in self.at_rest else None
+            if header is not None:
+                used = scratch_bytes_used(header)
+                if not record.is_direct and not record.is_remote and not record.existing:
+                    used += _allocated(record.written_path)
+                found.append((record, self._path(record), used))
+        return found
+
     def partials_at_rest(self) -> Iterator[str]:
         """The unfinished files of jobs that are at rest."""
         for export_name, record in self._records.items():
@@ -181,13 +201,14 @@ class JobStore(SnapshotStore):
         header = self.at_rest[record.export_name].header
         return header is None or SnapshotFlags.IN_USE in header.flags
 
-    def remove_lost(self, record: JobRecord) -> None:
+    def remove_at_rest(self, export_name: str) -> None:
         """Remove all of a job at rest that can be removed without harm.
 
         Raises:
             OSError: something cannot be removed; that is tried again when the directory is opened.
         """
-        self.remove_at_rest(record.export_name)
+        super().remove_at_rest(export_name)
+        record = self._records[export_name]
         record.remove_partial()
         self._forget(record)
 
@@ -251,6 +272,13 @@ class JobStore(SnapshotStore):
 
     def _path(self, record: JobRecord) -> Path:
         return self.directory / f"{stem_of(record.node, record.job_id)}{RECORD_SUFFIX}"
+
+
+def _allocated(path: str) -> int:
+    try:
+        return os.stat(path).st_blocks * BLOCK_BYTES
+    except OSError:
+        return 0
 
 
 def _target_doubt(record: JobRecord, size: int, *, times_count: bool) -> str:
