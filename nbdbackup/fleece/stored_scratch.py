@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.identity import was_changed_after
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.snapshot_format import ScratchIdentity, SnapshotFlags, SnapshotHeader
 
@@ -52,7 +53,8 @@ def _doubt(header: SnapshotHeader, status: os.stat_result, same_boot: bool) -> s
     if status.st_size != size:
         return f"was {size} bytes long, and is {status.st_size}"
     if SnapshotFlags.IN_USE in header.flags:
-        return ""
+        is_later = was_changed_after(status.st_mtime_ns, header.alive_ns)
+        return "was changed after the server that used it had died" if is_later else ""
     if (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns):
         return "was changed while no server used it"
     return ""
