@@ -54,7 +54,7 @@ class Case:
 
 SERVERS = (Ours(), QemuNbd(), Nbdkit())
 SMALL = {
-    1: {"qemu-nbd": 1.5, "nbdkit": 1.0},
+    1: {"qemu-nbd": 1.5, "nbdkit": 1.2},
     16: {"qemu-nbd": 3.0, "nbdkit": 1.4},
     64: {"qemu-nbd": 3.0, "nbdkit": 1.4},
 }
@@ -100,6 +100,12 @@ def _transfers() -> Iterator[Case]:
                 yield _transfer(
                     "small" if block == 4 * KIB else "medium", Transfer(pattern, block, depth), pairs=pairs
                 )
+    asleep = Ours(f"{OURS} --poll-max-us 0", options=("--poll-max-us", "0"))
+    for pattern in ("randread", "randwrite"):
+        pairs = Pairs(expected={"qemu-nbd": 1.5, "nbdkit": 1.0})
+        contenders = (asleep, QemuNbd(), Nbdkit(), Ours())
+        load, where = Transfer(pattern, 4 * KIB, 1), ", our server not polling"
+        yield _transfer("polling", load, contenders, pairs, suffix="-nopoll", where=where)
     for pattern in ("read", "write"):
         yield _transfer("large", Transfer(pattern, MIB, 8), pairs=Pairs(expected=SEQUENTIAL[pattern]))
 

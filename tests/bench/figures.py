@@ -85,7 +85,7 @@ class Pairs:
 
 def number(value: float) -> str:
     """With three significant figures at least."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def spread(values: Sequence[float]) -> float:

@@ -292,10 +292,11 @@ def test_table_says_what_is_met_and_what_is_left_out() -> None:
     text = report.table(rows(), ABOUT, Results(left_out=["one: fio is not here"]))
     assert "2 of 3 expectations are met." in text
     assert (
-        "| `fast` | IOPS | ours | 210 | 10% | a<b | 100 | 0% | 2.1 | 2 to 2.2 | at least 1.5 | yes |" in text
+        "| `fast` | IOPS | ours | 210 | 10% | a<b | 100 | 0% | 2.10 | 2.00 to 2.20 | at least 1.5 | yes |"
+        in text
     )
-    assert "| 0.5 | 0.5 to 0.5 | at least 0.9 | **no** |" in text
-    assert "| `start p99` | ms | ours | 0.2 | 0% |  |  |  |  |  | at most 0.25 | yes |" in text
+    assert "| 0.500 | 0.500 to 0.500 | at least 0.9 | **no** |" in text
+    assert "| `start p99` | ms | ours | 0.200 | 0% |  |  |  |  |  | at most 0.25 | yes |" in text
     assert "- one: fio is not here" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
@@ -319,7 +320,7 @@ def test_picture_has_a_bar_for_each_ratio_to_the_side_it_belongs() -> None:
     assert (fast.get("class"), slow.get("class")) == ("met", "missed")
     texts = [text.text for text in picture.iter(f"{SVG}text")]
     assert "fast: ours / a<b" in texts
-    assert "0.5, misses 0.9" in texts
+    assert "0.500, misses 0.9" in texts
     assert "a & b" in texts
 
 
