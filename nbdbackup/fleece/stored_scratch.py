@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.identity import was_changed_after
+from nbdbackup.block.linux import Locality, file_locality
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.snapshot_format import ScratchIdentity, SnapshotFlags, SnapshotHeader
 
@@ -34,15 +35,16 @@ def open_stored_scratch(header: SnapshotHeader, same_boot: bool, noun: str = "sc
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | nofollow)
     except OSError as error:
         return -1, f"its {noun} {path} cannot be opened: {error.strerror}"
-    doubt = _doubt(header, os.fstat(fd), same_boot)
+    doubt = _doubt(header, fd, same_boot)
     if doubt:
         os.close(fd)
         return -1, f"its {noun} {path} {doubt}"
     return fd, ""
 
 
-def _doubt(header: SnapshotHeader, status: os.stat_result, same_boot: bool) -> str:
-    """What is wrong with the scratch, which is as `status` says now; "" if nothing is."""
+def _doubt(header: SnapshotHeader, fd: int, same_boot: bool) -> str:
+    """What is wrong with the scratch, open as `fd`; "" if nothing is."""
+    status = os.fstat(fd)
     expected, size = header.scratch, header.identity.size
     if stat.S_ISBLK(status.st_mode):
         if not same_boot:
@@ -53,11 +55,16 @@ def _doubt(header: SnapshotHeader, status: os.stat_result, same_boot: bool) -> s
     if status.st_size != size:
         return f"was {size} bytes long, and is {status.st_size}"
     if SnapshotFlags.IN_USE in header.flags:
-        is_later = was_changed_after(status.st_mtime_ns, header.alive_ns)
+        is_later = _was_changed_after(fd, status, header.alive_ns)
         return "was changed after the server that used it had died" if is_later else ""
     if (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns):
         return "was changed while no server used it"
     return ""
+
+
+def _was_changed_after(fd: int, status: os.stat_result, alive_ns: int) -> bool:
+    # Times from another machine's clock tell nothing.
+    return file_locality(fd) is not Locality.UNKNOWN and was_changed_after(status.st_mtime_ns, alive_ns)
 
 
 def scratch_bytes_used(header: SnapshotHeader) -> int:
