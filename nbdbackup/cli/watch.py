@@ -93,8 +93,8 @@ async def wait_job_end(
             seen.errors_ignored = max(seen.errors_ignored, job.source_errors_ignored)
         if job is not None and job.status != "concluded":
             report(job)
-            if seen.has_stopped_writing and job.status == "paused":
-                if await _is_target_lost(control, job_id):
+            if seen.has_stopped_writing and (job.status == "paused" or not job.kept):
+                if job.kept and await _is_target_lost(control, job_id):
                     return _interrupted(job)
                 seen.tell_stopped()
             continue
