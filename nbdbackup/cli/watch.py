@@ -100,6 +100,8 @@ async def wait_job_end(
             continue
         while not listener.empty():
             seen.note(await listener.get())
+        if seen.has_stopped_writing:
+            seen.tell_stopped()
         end = seen.end or (_end_shown_by(job) if job is not None else _end_unseen(job_id))
         return replace(end, source_errors_ignored=seen.errors_ignored)
 
