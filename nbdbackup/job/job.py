@@ -32,6 +32,7 @@ from nbdbackup.job.failures import describe, failure_in
 from nbdbackup.job.pace import Pace
 from nbdbackup.job.rate_limit import RateLimit
 from nbdbackup.job.states import TRANSITIONS, VERBS, JobStatus, JobVerb
+from nbdbackup.job.to_the_end import to_the_end
 from nbdbackup.job.transaction import JobTransaction
 
 logger = logging.getLogger(__name__)
@@ -380,7 +381,7 @@ class Job(ABC):
         if self._is_left:
             self._concluded.set()
         else:
-            await _to_the_end(self._settle(succeeded))
+            await to_the_end(self._settle(succeeded))
         if torn_down is not None:
             raise torn_down
 
@@ -502,20 +503,6 @@ class Job(ABC):
             self._enter(JobStatus.RUNNING)
         elif self.status is JobStatus.STANDBY:
             self._enter(JobStatus.READY)
-
-
-async def _to_the_end(work: Awaitable[None]) -> None:
-    """Await `work` to its end however often this task is cancelled; then let the cancel through."""
-    task = asyncio.ensure_future(work)
-    torn_down: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            torn_down = error
-    task.result()
-    if torn_down is not None:
-        raise torn_down
 
 
 def _refuse_speed() -> NoReturn:
