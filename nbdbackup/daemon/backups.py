@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, WantedClusters
 from nbdbackup.block.executor import IoExecutor
@@ -43,6 +44,8 @@ from nbdbackup.job.sync import FrozenBitmap, Sync, SyncMode
 from nbdbackup.job.target import BACKUP_USER, ExistingTarget, NewFileTarget, Target, open_target
 from nbdbackup.job.transaction import JobTransaction
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +192,8 @@ class BackupAction(Action):
         self._wanted = WantedClusters(bitmap, job.options.cluster_bytes)
         for _ in self._wanted.pieces():
             await asyncio.sleep(0)
-        job.expect(self._wanted.clusters, self._snapshot)
+        wanted, snapshot = self._wanted.clusters, self._snapshot
+        await self._aside(lambda: job.expect(wanted, snapshot))
 
     def nodes(self) -> Sequence[Node]:
         return (self._node,)
@@ -347,12 +351,15 @@ class BackupAction(Action):
     async def _make_job(self) -> None:
         self._check()
         job_id, target = self._claim()
+        self._job = await self._aside(lambda: self._new_job(job_id, target))
+
+    async def _aside(self, make: Callable[[], T]) -> T:
+        """What `make` returns, which takes time with the maps of a large disk, and then has a thread."""
         if self._node.size // _cluster_bytes(self._request) <= INLINE_CLUSTERS_MAX:
-            self._job = self._new_job(job_id, target)
-            return
+            return make()
         executor = IoExecutor("maps", threads_max=1)
         try:
-            self._job = await executor.run(self._new_job, job_id, target)
+            return await executor.run(make)
         finally:
             executor.shutdown()
 

@@ -131,16 +131,23 @@ class KeptJobs:
         """Save the jobs that were left, when nobody uses their nodes any more."""
         for job in self._kept:
             if job.is_left:
-                await job.put_by()
-                logger.info(
-                    "backup %s of %s is kept, %d of %d bytes done: the next server of %s goes on with it",
-                    job.id,
-                    job.node,
-                    job.current_progress,
-                    job.total_progress,
-                    job.node,
-                )
+                await self._put_by(job)
         self._executor.shutdown()
+
+    async def _put_by(self, job: KeptBackup) -> None:
+        try:
+            await job.put_by()
+        except (NbdBackupError, OSError) as error:
+            logger.error("backup %s of %s is as after a crash: %s", job.id, job.node, error)
+            return
+        logger.info(
+            "backup %s of %s is kept, %d of %d bytes done: the next server of %s goes on with it",
+            job.id,
+            job.node,
+            job.current_progress,
+            job.total_progress,
+            job.node,
+        )
 
     async def keep_alive(self) -> None:
         """Give signs of life, until cancelled."""
