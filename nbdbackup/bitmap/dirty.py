@@ -388,8 +388,10 @@ class Freeze:
     What clients mark meanwhile is noted, and set at the instant.
     """
 
-    def __init__(self, bitmap: DirtyBitmap) -> None:
+    def __init__(self, bitmap: DirtyBitmap, plane: bitarray | None = None) -> None:
+        """`plane`: clear bits, as many as the bitmap has, where the copy shall be; None: in memory."""
         self.bitmap = bitmap
+        self.plane = plane
         self.is_stale = False
         """Whether the whole copy has to be made again."""
         self._is_copied = False
@@ -436,7 +438,12 @@ class Freeze:
     def _begin(self) -> None:
         self.is_stale = self._is_copied = False
         self._noted.clear()
-        self._bits = clear_plane(granules(self.bitmap.size, self.bitmap.granularity))
+        if self.plane is None:
+            self._bits = clear_plane(granules(self.bitmap.size, self.bitmap.granularity))
+            return
+        if self._bits is self.plane:
+            self.plane.setall(0)
+        self._bits = self.plane
 
     def _firsts(self) -> range:
         of = self.bitmap

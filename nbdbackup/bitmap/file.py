@@ -54,8 +54,8 @@ class BitmapFile:
         self._map = mmap.mmap(fd, header.file_bytes)
 
     @classmethod
-    def create(cls, path: Path, header: Header) -> "BitmapFile":
-        """Make the file, every bit clear, on disk when this returns; blocks as fsync(2) does.
+    def create(cls, path: Path, header: Header, *, sync: bool = True) -> "BitmapFile":
+        """Make the file, every bit clear; blocks as fsync(2) does, and with `sync` it is on disk on return.
 
         Raises:
             ConflictError: `path` exists. DeviceError: it cannot be made; nothing is left of it.
@@ -73,7 +73,7 @@ class BitmapFile:
             os.posix_fallocate(fd, 0, header.file_bytes)
             reach("bitmap.create.allocated")
             file = cls(path, fd, header, stale_slot=0)
-            file.write_header(header, sync=True)
+            file.write_header(header, sync=sync)
             return file
         except OSError as error:
             _discard(path, fd)

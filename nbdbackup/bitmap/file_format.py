@@ -3,7 +3,7 @@
     0      header, slot 0
     4096   header, slot 1
     8192   plane 0     one bit for each granule, the first one the highest bit of byte 0
-    ...    plane 1     as long; both begin on a multiple of 4096
+    ...    plane 1     as long; both begin on a multiple of 4096. A COPY, which never changes, has none
 
 One of the planes is the bitmap's own (flag SECOND_PLANE: plane 1). With the flag BOTH, what is set in the
 other one is dirty as well. Without it, what the other plane holds means nothing. With BOTH and a `holder`,
@@ -82,6 +82,8 @@ class HeaderFlags(IntFlag):
     """Every bit was on disk before the write that it stands for was begun."""
     REMOVED = 32
     """Its removal has begun: it records no more, and the file goes when the directory is opened."""
+    COPY = 64
+    """It is no bitmap, but what one was at the instant of the holder, a snapshot."""
 
 
 _ALL_FLAGS = sum(HeaderFlags)
@@ -128,7 +130,7 @@ class Header:
     @property
     def file_bytes(self) -> int:
         """How long the whole file is."""
-        return self.plane_offset(2)
+        return self.plane_offset(1 if HeaderFlags.COPY in self.flags else 2)
 
     def plane_offset(self, plane: int) -> int:
         """Where in the file plane 0 or 1 begins."""

@@ -88,9 +88,14 @@ class SourceIdentity:
             return ""
         if now.device != self.device:
             return "the disk is another file"
-        if now.mtime_ns > alive_ns + SIGN_OF_LIFE_SLACK_S * _NS_PER_S:
+        if was_changed_after(now.mtime_ns, alive_ns):
             return "the disk was changed after the server that recorded it had died"
         return ""
+
+
+def was_changed_after(mtime_ns: int, alive_ns: int) -> bool:
+    """Whether a local file was written to so long after the last sign of life that others did it."""
+    return mtime_ns > alive_ns + SIGN_OF_LIFE_SLACK_S * _NS_PER_S
 
 
 _FILES = frozenset({SourceKind.LOCAL_FILE, SourceKind.SHARED_FILE})

@@ -94,6 +94,8 @@ class BitmapStore:
     def _note(self, path: Path) -> None:
         file = BitmapFile.open(path)
         file.close()
+        if HeaderFlags.COPY in file.header.flags:
+            raise ConflictError(f"{path} is what a snapshot shows of a bitmap, not a bitmap: move it away")
         if HeaderFlags.REMOVED in file.header.flags:
             _finish_removal(path)
             return

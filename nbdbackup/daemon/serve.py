@@ -143,7 +143,7 @@ async def _run(
             exports=Exports(graph, server, tasks, announcer),
             bitmaps=bitmaps,
             checkpoints=Checkpoints(bitmaps, snapshots),
-            state=Leftovers(state.scratch, partials, bitmaps),
+            state=Leftovers(state.scratch, partials, bitmaps, snapshots.store),
         )
         if options.makes_control_directory:
             options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

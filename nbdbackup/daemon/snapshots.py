@@ -4,8 +4,8 @@ A snapshot's export shows every dirty bitmap of its node as it was at the instan
 frozen with it: its successor records from then on, and when the snapshot is dropped, either the frozen
 bits are dealt with (somebody pulled them) or the bitmap has both.
 
-A snapshot that is not temporary outlives the daemon (`stored`), and holds the bitmap that was frozen with it
-in the file of that one too (`bitmap.stored`): a restored snapshot has it, and shows what was frozen.
+A snapshot that is not temporary outlives the daemon (`stored`), with what it shows of persistent bitmaps, and
+holds the bitmap that was frozen with it in the file of that one too (`bitmap.stored`): a restored one has it.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from nbdbackup.daemon.stored_snapshots import StoredSnapshots, info_at_rest, pla
 from nbdbackup.daemon.transaction import Action, run_transaction
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.fleece.block_copy import CLUSTER_BYTES_DEFAULT
+from nbdbackup.fleece.frozen_copies import BitmapToCopy
 from nbdbackup.fleece.scratch import open_scratch
 from nbdbackup.fleece.snapshot_store import NewSnapshot, StoredSnapshot
 from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, make_snapshot
@@ -194,7 +195,7 @@ class Snapshots:
         if self.store is None:
             return
         for stored, snapshot in await self.store.restore(entry.node):
-            kept = KeptSnapshot(snapshot, stored=stored)
+            kept = KeptSnapshot(snapshot, list(stored.copies.bitmaps), stored=stored)
             bitmap = entry.bitmaps.held_by(stored.header.uuid)
             if isinstance(bitmap, StoredBitmap):
                 kept.claim_bitmap(bitmap)
@@ -350,7 +351,8 @@ class TakeSnapshot(Action):
         self._snapshots.names_being_made.add(self.export_name)
         self._kept = await self._make()
         for bitmap in self._entry.bitmaps:
-            freeze = self._freezes[bitmap] = Freeze(bitmap)
+            plane = None if self._kept.stored is None else self._kept.stored.copies.plane_for(bitmap)
+            freeze = self._freezes[bitmap] = Freeze(bitmap, plane)
             for _ in freeze.pieces():
                 await asyncio.sleep(0)
 
@@ -383,6 +385,12 @@ class TakeSnapshot(Action):
             options.scratch_bytes_max,
             options.on_cbw_error.value,
             options.cbw_timeout_s,
+            [
+                BitmapToCopy(bitmap.name, bitmap.granularity)
+                for bitmap in self._entry.bitmaps
+                # The one that is frozen with it has its bits in its own file.
+                if bitmap.persistent and not bitmap.inconsistent and bitmap.name != options.bitmap
+            ],
         )
         # What was begun in a thread is waited for and undone, also when the command is cancelled.
         making = asyncio.ensure_future(store.create(node, new))
@@ -415,6 +423,10 @@ class TakeSnapshot(Action):
         # A bitmap that a step before this one made has hardly anything in it yet.
         freezes = [self._freezes.get(of, Freeze(of)) for of in self._entry.bitmaps if not of.inconsistent]
         kept.frozen = [freeze.finish() for freeze in freezes]
+        if kept.stored is not None:
+            kept.stored.copies.give_up_others(
+                {freeze.bitmap.name for freeze in freezes if freeze.plane is not None}
+            )
         self._snapshots.graph.check_point_in_time(self._entry.node)
         kept.snapshot.insert()
         reach("snapshot.create.inserted")

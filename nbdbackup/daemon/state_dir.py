@@ -24,8 +24,10 @@ OWNER_BYTES_MAX = 300
 class StateDirectory:
     """`path`, locked from `open` to `close`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, if_used: str = "name another with --state-dir") -> None:
+        """`if_used` is what to do if another daemon has it, for the error's text."""
         self.path = path
+        self._if_used = if_used
         self.scratch = path / "scratch"
         self.snapshots = path / "snapshots"
         self.bitmaps = path / "bitmaps"
@@ -66,7 +68,7 @@ class StateDirectory:
             raise ConflictError(
                 f"state directory {self.path} is used by another nbdbackup "
                 f"(process {process or 'unknown'}{': ' if command else ''}{command}): "
-                "name another with --state-dir"
+                f"{self._if_used}"
             ) from None
         self._check_version()
         os.ftruncate(self._lock_fd, 0)
@@ -105,6 +107,11 @@ class StateDirectory:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def is_state_directory(path: Path) -> bool:
+    """Whether a daemon has made `path` one."""
+    return (path / "version").exists()
 
 
 def _command_line() -> str:

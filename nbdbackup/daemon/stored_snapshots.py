@@ -13,14 +13,15 @@ from nbdbackup.crash_points import reach
 from nbdbackup.daemon.stored_bitmaps import SIGN_OF_LIFE_S, flush_source, source_identity
 from nbdbackup.errors import ConflictError
 from nbdbackup.fleece.copy_before_write import OnCbwError
+from nbdbackup.fleece.lost_scratch import LostScratch, lost_scratch
 from nbdbackup.fleece.snapshot_store import (
     NewSnapshot,
     SnapshotAtRest,
     SnapshotStore,
     StoredSnapshot,
-    scratch_bytes_used,
 )
 from nbdbackup.fleece.snapshots import Snapshot, SnapshotPlan, make_snapshot
+from nbdbackup.fleece.stored_scratch import scratch_bytes_used
 from nbdbackup.monitor.services_snapshots import SnapshotInfo
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ class StoredSnapshots:
     def has_at_rest(self, export_name: str) -> bool:
         """Whether there is one of that name that nobody can read."""
         return export_name in self._store.at_rest
+
+    async def lost_scratch(self, own: Path) -> list[LostScratch]:
+        """Scratch files in `own`, the state directory's, and in other places that no sidecar owns."""
+        places = self._store.scratch_directories()
+        return await self._executor.run(lost_scratch, self._store.directory, own, places)
 
     async def create(self, node: Node, new: NewSnapshot) -> StoredSnapshot:
         """Make what `new` needs. Raises what `SnapshotStore.create` does."""

@@ -9,7 +9,7 @@
 So whatever a crash interrupts, what is found is a whole snapshot, or one that is not LIVE: that is removed
 when the directory is opened. A snapshot is loaded for the node of its name. It is broken, with the reason and
 for good, if the machine went down while it was in use, or if its source or scratch is not what it was
-(`bitmap.identity` has what can be seen of that).
+(`bitmap.identity` has what can be seen of that). What it shows of bitmaps is beside it (`frozen_copies`).
 
 A sidecar that cannot be understood is left as it is and listed with the reason; the others are served.
 """
@@ -19,14 +19,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.file import failed, sync_directory
 from nbdbackup.bitmap.file_format import cut
 from nbdbackup.bitmap.identity import SourceIdentity
@@ -34,7 +33,7 @@ from nbdbackup.bitmap.store import NEW_SUFFIX, current_boot_id
 from nbdbackup.block.file import FileDevice
 from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError
-from nbdbackup.extents import Extent
+from nbdbackup.fleece.frozen_copies import BitmapToCopy, FrozenCopies, is_copy_without, remove_copies
 from nbdbackup.fleece.scratch import Scratch, create_scratch_file
 from nbdbackup.fleece.snapshot_file import SnapshotFile
 from nbdbackup.fleece.snapshot_format import (
@@ -44,11 +43,18 @@ from nbdbackup.fleece.snapshot_format import (
     SnapshotHeader,
     check_storable,
 )
+from nbdbackup.fleece.stored_scratch import (
+    SCRATCH_SUFFIX,
+    free_scratch,
+    open_stored_scratch,
+    remove_scratch,
+    scratch_identity,
+    stored_clusters,
+)
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".snapshot"
-SCRATCH_SUFFIX = ".scratch"
 NAME_PART_BYTES_MAX = 80
 
 _WENT_DOWN = "the machine went down while the snapshot was in use, and nobody knows what had reached the disk"
@@ -70,9 +76,10 @@ class SnapshotAtRest:
 class StoredSnapshot:
     """A snapshot in use, with its sidecar `file` and `scratch`; `scratch` is its user's to close."""
 
-    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int) -> None:
-        """`scratch_fd` is the same file's, and this object's to close."""
+    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int, copies: FrozenCopies) -> None:
+        """`scratch_fd` is the same file's, and this object's to close; so are `copies`."""
         self.file = file
+        self.copies = copies
         self.scratch = scratch
         self._scratch_fd = scratch_fd
 
@@ -106,12 +113,13 @@ class StoredSnapshot:
         """
         os.fsync(self._scratch_fd)
         sync_directory(Path(self.header.scratch.path).parent)
+        self.copies.save_clean()
         self.file.sync()
         reach("snapshot.save.synced")
         header = replace(
             self.header,
             identity=identity,
-            scratch=_identity(self.header.scratch.path, os.fstat(self._scratch_fd)),
+            scratch=scratch_identity(self.header.scratch.path, os.fstat(self._scratch_fd)),
             flags=self.header.flags & ~SnapshotFlags.IN_USE,
             maps_checksum=self.file.maps_checksum(),
         )
@@ -124,8 +132,9 @@ class StoredSnapshot:
         Raises:
             OSError: they cannot be removed; that is tried again when the directory is opened.
         """
-        _remove_scratch(self.header)
+        remove_scratch(self.header)
         reach("snapshot.remove.scratch")
+        remove_copies(self.file.path)
         self.file.remove()
         reach("snapshot.remove.sidecar")
 
@@ -138,6 +147,7 @@ class StoredSnapshot:
         if self._scratch_fd >= 0:
             os.close(self._scratch_fd)
             self._scratch_fd = -1
+            self.copies.close()
             self.file.close()
 
 
@@ -152,6 +162,7 @@ class NewSnapshot:
     scratch_bytes_max: int | None
     on_cbw_error: str
     cbw_timeout_s: float
+    bitmaps: Sequence[BitmapToCopy] = ()
 
 
 class SnapshotStore:
@@ -188,6 +199,10 @@ class SnapshotStore:
                 self._tidy(path)
             elif path.suffix == SUFFIX:
                 self._note(path)
+        for path in paths:
+            if is_copy_without(path, SUFFIX):
+                with suppress(OSError):
+                    path.unlink()
 
     def _tidy(self, path: Path) -> None:
         """Remove a sidecar that a crash left before it was one: there is nothing beside it yet."""
@@ -209,6 +224,9 @@ class SnapshotStore:
                 self._clear_away(path, header)
                 return
             found = SnapshotAtRest(path, header.export_name, header.broken, header)
+            if header.broken:
+                # The crash may have come before that was done.
+                free_scratch(header)
         if self.at_rest.setdefault(found.export_name, found) is not found:
             logger.error("%s is another snapshot %s: move one away", path, found.export_name)
         elif found.cause:
@@ -216,12 +234,19 @@ class SnapshotStore:
 
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
-            _remove_scratch(header)
+            remove_scratch(header)
             reach("snapshot.open.scratch")
+            remove_copies(path)
             path.unlink()
             logger.info("removed %s, which a crash had left half made or half dropped", path)
         except OSError as error:
             logger.error("cannot remove leftover %s: %s", path, error.strerror)
+
+    def scratch_directories(self) -> set[Path]:
+        """Where the scratch of snapshots is, as far as that is known."""
+        headers = [snapshot.header for snapshot in self._in_use]
+        headers += [found.header for found in self.at_rest.values() if found.header is not None]
+        return {Path(header.scratch.path).parent for header in headers}
 
     def create(self, new: NewSnapshot, identity: SourceIdentity) -> StoredSnapshot:
         """Make what a snapshot needs; it is one when it goes live, and gone with the process until then.
@@ -251,17 +276,20 @@ class SnapshotStore:
         )
         file = self._create_sidecar(stem, header)
         try:
+            copies = FrozenCopies.create(file.path, header, new.bitmaps)
             fd = create_scratch_file(scratch_path, identity.size)
         except BaseException:
+            with suppress(OSError):
+                remove_copies(file.path)
             file.remove()
             file.close()
             raise
         reach("snapshot.create.scratch")
-        file.write_header(replace(header, scratch=_identity(str(scratch_path), os.fstat(fd))))
+        file.write_header(replace(header, scratch=scratch_identity(str(scratch_path), os.fstat(fd))))
         reach("snapshot.create.known")
         file.access().set_all()
         reach("snapshot.create.made")
-        snapshot = self._use(file, fd)
+        snapshot = self._use(file, fd, copies)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
         return snapshot
 
@@ -312,7 +340,7 @@ class SnapshotStore:
             header = file.header
             reason = self._doubt(file, identity)
             if not reason:
-                fd, reason = self._open_scratch(header)
+                fd, reason = open_stored_scratch(header, header.boot_id == self._boot_id)
             if reason:
                 self._break(file, reason)
                 file.close()
@@ -330,17 +358,17 @@ class SnapshotStore:
             file.close()
             raise failed(error, f"cannot use snapshot file {path}") from error
         del self.at_rest[header.export_name]
-        snapshot = self._use(file, fd)
-        snapshot.scratch.count(_stored_clusters(fd, header))
+        snapshot = self._use(file, fd, FrozenCopies.load(path, header))
+        snapshot.scratch.count(stored_clusters(fd, header))
         return snapshot
 
-    def _use(self, file: SnapshotFile, fd: int) -> StoredSnapshot:
+    def _use(self, file: SnapshotFile, fd: int, copies: FrozenCopies) -> StoredSnapshot:
         """Takes over `fd`."""
         header = file.header
         title = f"scratch of {header.export_name}"
         device = FileDevice(os.dup(fd), title, header.identity.size)
         scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
-        snapshot = StoredSnapshot(file, scratch, fd)
+        snapshot = StoredSnapshot(file, scratch, fd, copies)
         self._in_use.add(snapshot)
         return snapshot
 
@@ -350,6 +378,7 @@ class SnapshotStore:
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
         reach("snapshot.load.broken")
+        free_scratch(header)
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
 
@@ -368,31 +397,6 @@ class SnapshotStore:
         if change := header.identity.change_since_stop(identity):
             return change
         return "" if header.maps_checksum == file.maps_checksum() else f"the maps in {file.path} were damaged"
-
-    def _open_scratch(self, header: SnapshotHeader) -> tuple[int, str]:
-        """The scratch, open, and ""; or -1 and why it cannot be used."""
-        expected = header.scratch
-        try:
-            fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            return -1, f"its scratch {expected.path} cannot be opened: {error.strerror}"
-        status = os.fstat(fd)
-        reason = ""
-        same_boot = header.boot_id == self._boot_id
-        if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
-            reason = f"its scratch {expected.path} is another file"
-        elif status.st_size != header.identity.size:
-            reason = (
-                f"its scratch {expected.path} was {header.identity.size} bytes long, and is {status.st_size}"
-            )
-        elif SnapshotFlags.IN_USE not in header.flags and (
-            (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
-        ):
-            reason = f"its scratch {expected.path} was changed while no server used it"
-        if reason:
-            os.close(fd)
-            return -1, reason
-        return fd, ""
 
     def retire(self, snapshot: StoredSnapshot) -> None:
         """`snapshot` is about to be released or removed: no sign of life of it any more. Never blocks."""
@@ -418,8 +422,9 @@ class SnapshotStore:
         """
         found = self.at_rest[export_name]
         if found.header is not None:
-            _remove_scratch(found.header)
+            remove_scratch(found.header)
             reach("snapshot.remove-at-rest.scratch")
+        remove_copies(found.path)
         with suppress(FileNotFoundError):
             found.path.unlink()
         del self.at_rest[export_name]
@@ -435,14 +440,6 @@ class SnapshotStore:
             snapshot.file.write_sign_of_life(now_ns)
 
 
-def scratch_bytes_used(header: SnapshotHeader) -> int:
-    """What the scratch of a snapshot at rest takes."""
-    try:
-        return os.stat(header.scratch.path).st_blocks * 512
-    except OSError:
-        return 0
-
-
 def _stem(node: str, name: str) -> str:
     """A file name that people recognise, and that no other snapshot has."""
     quoted = [quote(part, safe=" ") for part in (node, name)]
@@ -450,41 +447,3 @@ def _stem(node: str, name: str) -> str:
         return "@".join(quoted)
     digest = hashlib.sha256(f"{node}@{name}".encode()).hexdigest()[:16]
     return "@".join(part[:60] for part in quoted) + f"~{digest}"
-
-
-def _identity(path: str, status: os.stat_result) -> ScratchIdentity:
-    return ScratchIdentity(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _remove_scratch(header: SnapshotHeader) -> None:
-    """Remove the scratch of `header`, if what has its name is surely that.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    path = Path(header.scratch.path)
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    # Killed between making it and noting which one it is: nobody else makes files with this uuid.
-    is_named_ours = path.name.endswith(f".{header.uuid.hex()}{SCRATCH_SUFFIX}")
-    if status.st_ino == header.scratch.inode or is_named_ours:
-        path.unlink()
-    else:
-        logger.warning("%s may be scratch of snapshot %s: left as it is", path, header.export_name)
-
-
-def _stored_clusters(fd: int, header: SnapshotHeader) -> ClusterBitmap:
-    """The clusters that take room in the file."""
-    size, cluster = header.identity.size, header.cluster_bytes
-    stored = ClusterBitmap(size, cluster)
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError:
-            break
-        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        stored.set(Extent(start, position - start).aligned_out(cluster, size))
-    return stored

@@ -117,7 +117,9 @@ async def _bench(server: Server, target: Path, size: int) -> None:
     with Prober(server, size - MIB) as prober:
         table = Table(server, prober)
         await table.measure("(nothing, for 1 s)", lambda: asyncio.sleep(1))
-        await table.measure("bitmap add", run("block-dirty-bitmap-add", node="disk", name="b0"))
+        await table.measure(
+            "bitmap add", run("block-dirty-bitmap-add", node="disk", name="b0", persistent=True)
+        )
         await run("block-dirty-bitmap-add", node="disk", name="fine", granularity=4096)()
         await run("block-dirty-bitmap-add", node="disk", name="sum", disabled=True)()
         await table.measure("(1 GiB is written)", lambda: asyncio.to_thread(_dirty, server, size))

@@ -27,6 +27,7 @@ AFTER = {
     "snapshot.load.broken": "snapshot.drop.withdrawn",
     "snapshot.open.scratch": "snapshot.create.made",
     "snapshot.open.tidied": "snapshot.create.allocated",
+    "snapshot.remove-at-rest.scratch": "snapshot.drop.withdrawn",
 }
 """Steps of putting right what a kill at another point has left behind."""
 POWER_ONLY = {"bitmap.reclaim.merged"}

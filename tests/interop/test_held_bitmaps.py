@@ -192,3 +192,86 @@ def test_a_kill_while_a_frozen_bitmap_is_loaded_leaves_it_frozen(
         serve(state_dir=state, disk=disk, environment={VARIABLE: step})
     server = restarted(serve, server)
     assert (held_bitmap(server), dirty(server, "disk@s"), dirty(server)) == ("b0", {1, 2}, {1, 2, 9})
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+def test_a_restored_snapshot_shows_every_persistent_bitmap_as_it_was_at_the_instant(
+    serve: ServeFunction, disk: Path, state: Path, end: str
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    for name, granularity in (("b0", GRANULE), ("fine", 4096), ("still", GRANULE)):
+        execute(
+            server, "block-dirty-bitmap-add", node="disk", name=name, persistent=True, granularity=granularity
+        )
+    write(server, 1, 2)
+    execute(server, "block-dirty-bitmap-disable", node="disk", name="still")
+    write(server, 3)
+    execute(server, "x-nbdbackup-snapshot-create", nodes=["disk"], name="s", bitmap="b0")
+    write(server, 9)
+    execute(server, "block-dirty-bitmap-remove", node="disk", name="fine")
+    for _ in range(2):
+        maps = {name: bitmap_map(server, name) for name in ("b0", "fine", "still")}
+        assert [len(extents) for extents in maps.values()] == [3, 7, 3]
+        (server.kill if end == "killed" else server.stop)()
+        server = restarted(serve, server)
+        assert {name: bitmap_map(server, name) for name in maps} == maps
+    drop(server, pulled=True)
+    assert list((state / "snapshots").iterdir()) == []
+
+
+def bitmap_map(server: Server, name: str) -> list[str]:
+    """What nbdinfo says of the bitmap that disk@s shows."""
+    return run(require("nbdinfo"), f"--map=qemu:dirty-bitmap:{name}", server.uri("disk@s")).splitlines()
+
+
+def test_a_damaged_copy_of_a_bitmap_is_left_out_and_the_rest_is_there(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    for name in ("bits", "cut", "good", "header"):
+        execute(server, "block-dirty-bitmap-add", node="disk", name=name, persistent=True)
+    write(server, 1)
+    execute(server, "x-nbdbackup-snapshot-create", nodes=["disk"], name="s")
+    server.stop()
+    for path in (state / "snapshots").glob("disk@s.snapshot.bitmap*"):
+        data = bytearray(path.read_bytes())
+        if b"bits" in data:
+            data[2 * 4096] ^= 1
+        elif b"header" in data:
+            data[40] ^= 1
+            data[4096 + 40] ^= 1
+        elif b"cut" in data:
+            del data[-1:]
+        path.write_bytes(data)
+    server = restarted(serve, server)
+    assert dirty(server, "disk@s", "good") == {1}
+    for name, reason in {
+        "bits": "its bits were damaged",
+        "cut": "bytes long",
+        "header": "is damaged",
+    }.items():
+        assert f"snapshot disk@s does not show what is in {state}" in server.log()
+        assert reason in server.log()
+        assert name not in run(require("nbdinfo"), server.uri("disk@s"))
+    drop(server, pulled=False)
+    assert list((state / "snapshots").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["snapshot.create.bitmap", "snapshot.save.bitmap-synced"])
+def test_a_kill_while_copies_of_bitmaps_are_made_or_saved_leaves_all_or_nothing(
+    serve: ServeFunction, disk: Path, state: Path, step: str
+) -> None:
+    server = serve(state_dir=state, disk=disk, environment={VARIABLE: step})
+    for name in ("b0", "b1"):
+        execute(server, "block-dirty-bitmap-add", node="disk", name=name, persistent=True)
+    write(server, 1)
+    with suppress(*KILLED):
+        execute(server, "x-nbdbackup-snapshot-create", nodes=["disk"], name="s")
+        write(server, 9)
+        server.process.terminate()
+    assert_killed_itself(server)
+    server = restarted(serve, server)
+    if "create" in step:
+        assert (held_bitmap(server), list((state / "snapshots").iterdir())) == (None, [])
+    else:
+        assert [dirty(server, "disk@s", name) for name in ("b0", "b1")] == [{1}, {1}]

@@ -5,11 +5,15 @@ import os
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from tests.conftest import ServeFunction
+from tests.support.control import execute, execute_at
 from tests.support.disks import make_sparse
 from tests.support.peers import require, require_root
 from tests.support.processes import attempt, run, wait_until
@@ -363,30 +367,59 @@ def test_no_room_for_a_bitmap_is_one_clear_line_and_a_coarser_one_fits(
         run(require("umount"), "-l", state)
 
 
-def test_qemus_bitmap_is_inconsistent_where_ours_is_right(
+@contextmanager
+def storage_daemon(image: Path, directory: Path) -> Iterator[tuple[str, Path]]:
+    """qemu-storage-daemon with the qcow2 `image`, for kill -9: its export's URI, and its control socket."""
+    socket, control = directory / "q.sock", directory / "q.qmp"
+    for path in (socket, control):
+        path.unlink(missing_ok=True)
+    daemon = subprocess.Popen(
+        [
+            require("qemu-storage-daemon"),
+            *("--blockdev", f"driver=file,node-name=file,filename={image}"),
+            *("--blockdev", "driver=qcow2,node-name=disk,file=file"),
+            *("--nbd-server", f"addr.type=unix,addr.path={socket}"),
+            *("--export", "type=nbd,id=disk,node-name=disk,name=disk,writable=on"),
+            *("--chardev", f"socket,path={control},server=on,wait=off,id=control"),
+            *("--monitor", "chardev=control"),
+        ]
+    )
+    uri = f"nbd+unix:///disk?socket={socket}"
+    try:
+        wait_until(lambda: attempt(require("nbdinfo"), uri).returncode == 0, "qemu-storage-daemon")
+        yield uri, control
+    finally:
+        daemon.kill()
+        daemon.wait(20)
+
+
+def test_after_kill_9_the_next_incremental_is_right_where_qemus_bitmap_is_inconsistent(
     serve: ServeFunction, disk: Path, state: Path, tmp_path: Path
 ) -> None:
-    """The same for qemu-nbd with a bitmap in a qcow2 image, side by side."""
+    """Side by side with qemu-storage-daemon and a bitmap in a qcow2 image."""
+    write_there = (require("qemu-io"), "-f", "raw", "-c", f"write -P 7 {3 * GRANULE + 512} 512")
     image = tmp_path / "disk.qcow2"
     run(require("qemu-img"), "create", "-f", "qcow2", image, str(SIZE))
     run(require("qemu-img"), "bitmap", "--add", image, "b0")
-    socket = tmp_path / "q.sock"
-    theirs = subprocess.Popen(
-        [require("qemu-nbd"), "-f", "qcow2", "-k", str(socket), str(image), "-t", "-B", "b0"]
-    )
-    try:
-        wait_until(
-            lambda: attempt(require("nbdinfo"), f"nbd+unix:///?socket={socket}").returncode == 0, "qemu-nbd"
-        )
-    finally:
-        theirs.kill()
-        theirs.wait(20)
-    flags = json.loads(run(require("qemu-img"), "info", "--output=json", image))["format-specific"]["data"][
-        "bitmaps"
+    with storage_daemon(image, tmp_path) as (uri, _):
+        run(*write_there, uri)
+    with storage_daemon(image, tmp_path) as (_, control):
+        nodes = execute_at(control, "query-named-block-nodes")
+    theirs = [
+        bitmap for node in cast(list[dict[str, Any]], nodes) for bitmap in node.get("dirty-bitmaps", [])
     ]
-    assert flags[0]["flags"] == ["in-use", "auto"]
+    assert [(bitmap["name"], bitmap["inconsistent"]) for bitmap in theirs] == [("b0", True)]
+
     server = serve(state_dir=state, disk=disk)
     server.cli("bitmap", "add", "disk", "b0")
-    write(server, 3)
-    server.kill()
-    assert dirty(restarted(serve, server)) == {3}
+    backup = tmp_path / "backup.img"
+    shutil.copyfile(disk, backup)
+    for granule in (3, 200):
+        run(*write_there[:-1], f"write -P 7 {granule * GRANULE + 512} 512", server.uri("disk"))
+        server.kill()
+        server = restarted(serve, server)
+        assert dirty(server) == {granule}
+        assert "inconsistent" not in str(execute(server, "query-named-block-nodes"))
+        server.cli("backup", "disk", str(backup), "-n", "--sync", "incremental", "--bitmap", "b0")
+        assert backup.read_bytes() == disk.read_bytes()
+        assert dirty(server) == set()

@@ -1,6 +1,7 @@
 """The state directory: who has it, what it refuses, and what is left in it and beside targets."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,11 @@ def test_bitmaps_of_a_node_that_is_not_served_are_kept_until_clean(
     assert "disk:c1.bitmap is no leftover (see nbdbackup state list)" in refused.stderr
     server.cli("state", "clean", paths[0])
     assert leftovers(server) == [("bitmap", paths[1])]
-    server.cli("state", "clean")
+    kept = server.cli("state", "clean")
+    assert (kept.stdout, kept.stderr) == ("", "1 kept (see nbdbackup state list): name them, or say --all\n")
+    assert leftovers(server) == [("bitmap", paths[1])]
+    server.cli("state", "clean", "--all")
+    assert leftovers(server) == []
     server.stop()
     server = serve(state_dir=state, disk=disk, other=other)
     listed = json.loads(server.cli("checkpoint", "list", "--json").stdout)
@@ -162,5 +167,106 @@ def test_state_directory_that_cannot_be_written_is_one_clear_line_at_the_start(
         with pytest.raises(ServerFailed, match=rf"cannot use state directory {state}: {reason}") as caught:
             serve(state_dir=state, disk=disk)
         assert "Traceback" not in str(caught.value)
+    finally:
+        run(require("umount"), "-l", state)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below `directory`, but for the lock's, in which a server notes that it was there."""
+    return {
+        str(path): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
+
+
+def refusal(serve: ServeFunction, disk: Path, state: Path, options: tuple[str, ...] = ()) -> str:
+    """What a server says that does not start: one line, with status 1; nothing has changed."""
+    before = contents(state)
+    with pytest.raises(ServerFailed, match="ended with status 1 ") as caught:
+        serve(options=options, state_dir=state, disk=disk)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith("nbdbackup: ")
+    assert contents(state) == before
+    return line
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("", "cannot use state directory {state}: .*; name another with --state-dir"),
+        ("scratch", "cannot use state directory {state}: File exists; name another"),
+        ("bitmaps", "cannot use directory {state}/bitmaps for bitmaps: File exists"),
+        ("snapshots", "cannot use directory {state}/snapshots for snapshots: File exists"),
+    ],
+)
+def test_a_file_where_a_directory_should_be_is_one_clear_line_at_the_start(
+    serve: ServeFunction, disk: Path, state: Path, place: str, reason: str
+) -> None:
+    (state / place).parent.mkdir(parents=True, exist_ok=True)
+    (state / place).write_text("somebody's")
+    with pytest.raises(ServerFailed, match=reason.format(state=state)) as caught:
+        serve(state_dir=state, disk=disk)
+    assert "Traceback" not in str(caught.value)
+    assert (state / place).read_text() == "somebody's"
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("version", "cannot use state directory {state}: Is a directory"),
+        ("lock", "cannot use state directory {state}: Is a directory"),
+        ("bitmaps/checkpoints.json", "cannot read checkpoint file .*checkpoints.json: Is a directory"),
+        ("bitmaps/disk:b0.bitmap", "cannot open bitmap file .*disk:b0.bitmap: Is a directory"),
+    ],
+)
+def test_a_directory_where_a_file_should_be_is_one_clear_line_at_the_start(
+    serve: ServeFunction, disk: Path, state: Path, place: str, reason: str
+) -> None:
+    (state / place).mkdir(parents=True)
+    if place.startswith("bitmaps"):
+        (state / "version").write_text("1\n")
+    assert re.search(reason.format(state=state), refusal(serve, disk, state))
+
+
+def test_what_is_stored_stays_as_it_is_when_a_server_is_refused(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    server = serve(state_dir=state, disk=disk)
+    server.cli("bitmap", "add", "disk", "b0")
+    server.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0")
+    server.stop()
+    (state / "version").write_text("2\n")
+    assert "is of version '2'" in refusal(serve, disk, state)
+    (state / "version").write_text("1\n")
+    holder = serve(disk=disk)
+    assert re.search(rf"disk.img is locked by .*process {holder.pid}: ", refusal(serve, disk, state))
+    holder.stop()
+    holder = serve(state_dir=state)
+    assert f"(process {holder.pid}: " in refusal(serve, disk, state)
+    holder.stop()
+    assert serve(state_dir=state, disk=disk).snapshots() == ["disk@s"]
+
+
+@pytest.mark.root
+def test_what_is_stored_is_served_from_a_full_state_directory(
+    serve: ServeFunction, disk: Path, state: Path
+) -> None:
+    require_root("mounts a tmpfs")
+    state.mkdir()
+    run(require("mount"), "-t", "tmpfs", "-o", "size=9M", "tmpfs", state)
+    try:
+        server = serve(state_dir=state, disk=disk)
+        server.cli("bitmap", "add", "disk", "b0")
+        server.cli("snapshot", "create", "disk", "--name", "s", "--bitmap", "b0")
+        server.kill()
+        with pytest.raises(OSError, match="No space left"):
+            (state / "full").write_bytes(bytes(16 * MIB))
+        server = serve(state_dir=state, disk=disk)
+        assert server.snapshots() == ["disk@s"]
+        refused = server.cli("snapshot", "create", "disk", "--name", "t", check=False)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
+        assert "No space left on device: make room there" in refused.stderr
+        server.stop()
     finally:
         run(require("umount"), "-l", state)

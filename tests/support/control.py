@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 from tests.support.server import Server
 
@@ -18,9 +19,14 @@ def execute(server: Server, command: str, **arguments: object) -> object:
     Raises:
         Refused: an error. EOFError, OSError: the server was gone before the answer.
     """
+    return execute_at(server.control, command, **arguments)
+
+
+def execute_at(path: Path, command: str, **arguments: object) -> object:
+    """As `execute`, of whoever speaks QMP at `path`."""
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(TIMEOUT_S)
-        control.connect(str(server.control))
+        control.connect(str(path))
         with control.makefile("rw") as lines:
             lines.readline()
             for name, words in (("qmp_capabilities", {}), (command, arguments)):

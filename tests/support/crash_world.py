@@ -260,7 +260,7 @@ class World:
             self.claims.pop(name, None)
 
     def pull(self, *, succeeds: bool) -> None:
-        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if there is one."""
+        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if there is."""
         self.add_bitmap(PULLED)
         holding = [export for export, taken in self.taken.items() if taken.holds == PULLED]
         export = holding[0] if holding else self.take_snapshot(bitmap=PULLED)
@@ -309,7 +309,7 @@ class World:
 
     def clean(self) -> None:
         """Remove leftovers."""
-        answer = self.ask("x-nbdbackup-clean-leftovers")
+        answer = self.ask("x-nbdbackup-clean-leftovers", all=True)
         assert succeeded(answer), answer
 
     # Steps: jobs.
@@ -431,7 +431,8 @@ class World:
         content, chain = self.disk.read_bytes(), self.checkpoints()
         listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
         assert isinstance(listed, list)
-        bitmaps = {bitmap["name"]: bitmap for bitmap in listed}
+        # A successor has no name.
+        bitmaps = {bitmap["name"]: bitmap for bitmap in listed if "name" in bitmap}
         assert bitmaps.keys() - {PULLED, COPIED, MERGED} == set(chain)
         assert not [bitmap for bitmap in bitmaps.values() if bitmap.get("inconsistent")]
         held = {taken.holds for taken in self.taken.values()}
@@ -482,9 +483,12 @@ class World:
         assert _names(state / "partials") == set()
         listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
         assert isinstance(listed, list)
-        bitmaps = {f"disk:{bitmap['name']}.bitmap" for bitmap in listed}
+        bitmaps = {f"disk:{bitmap['name']}.bitmap" for bitmap in listed if "name" in bitmap}
         assert _names(state / "bitmaps") - {"checkpoints.json"} == bitmaps
-        assert _names(state / "snapshots") == {f"{export}.snapshot" for export in self.taken}
+        sidecars = {name for name in _names(state / "snapshots") if name.endswith(".snapshot")}
+        assert sidecars == {f"{export}.snapshot" for export in self.taken}
+        copies = _names(state / "snapshots") - sidecars
+        assert {name.rpartition(".bitmap")[0] for name in copies} <= sidecars
         scratch = [name.rsplit(".", 2)[0] for name in _names(state / "scratch")]
         assert len(scratch) == len(set(scratch))
         # Of one that is broken, a drop that was interrupted may have removed the scratch.

@@ -245,7 +245,7 @@ class FakeState:
     async def leftovers(self) -> Sequence[LeftoverInfo]:
         return ()
 
-    async def clean(self, paths: Sequence[str] | None) -> Sequence[LeftoverInfo]:
+    async def clean(self, paths: Sequence[str] | None, *, everything: bool = False) -> Sequence[LeftoverInfo]:
         assert not paths
         return ()
 

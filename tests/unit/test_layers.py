@@ -50,7 +50,7 @@ EXTRA_ROOMS = {
 
 THIRD_PARTY = {
     "construct": {"nbd", "block.qcow2", "bitmap.file_format", "fleece.snapshot_format"},
-    "bitarray": {"bitmap"},
+    "bitarray": {"bitmap", "fleece.frozen_copies"},
     "msgspec": {"monitor", "job", "daemon", "cli"},
     "rich": {"cli"},
     "shtab": {"cli"},

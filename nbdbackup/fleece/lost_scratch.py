@@ -1,0 +1,61 @@
+"""Scratch files of stored snapshots that no sidecar owns: it was lost, or cannot be read.
+
+Told by their names, `NODE@NAME.UUID.scratch`, in which the first part is the sidecar's. A sidecar is there
+before its scratch is and goes after it, so that this can be asked at any time. A sidecar that cannot be read
+may be one of a newer version, or be mended: its scratch is listed as such, and is not for the taking.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdbackup.fleece.snapshot_file import SnapshotFile
+from nbdbackup.fleece.snapshot_store import SUFFIX
+from nbdbackup.fleece.stored_scratch import SCRATCH_SUFFIX
+
+_NAME = re.compile(rf"(?P<stem>.+)\.(?P<uuid>[0-9a-f]{{32}}){re.escape(SCRATCH_SUFFIX)}")
+
+
+@dataclass(frozen=True, slots=True)
+class LostScratch:
+    """A scratch file, and the sidecar that may be its own and cannot be read; None: there is none."""
+
+    path: Path
+    unreadable: Path | None
+
+
+def lost_scratch(sidecars: Path, own: Path, others: Iterable[Path]) -> list[LostScratch]:
+    """Every such file in the directory `own`, and in `others` those of sidecars that cannot be read.
+
+    `others` may be other servers' too. Blocks as file I/O does.
+    """
+    found = []
+    for directory in {own, *others}:
+        for path in _entries(directory):
+            match = _NAME.fullmatch(path.name)
+            if match is None:
+                continue
+            sidecar = sidecars / f"{match['stem']}{SUFFIX}"
+            uuid = _uuid(sidecar)
+            is_unreadable = uuid is None and sidecar.exists()
+            if is_unreadable or (uuid != match["uuid"] and directory == own):
+                found.append(LostScratch(path, sidecar if is_unreadable else None))
+    return sorted(found, key=lambda lost: lost.path)
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if not path.is_symlink() and path.is_file()]
+    except OSError:
+        return []
+
+
+def _uuid(sidecar: Path) -> str | None:
+    """Of the snapshot of this sidecar, if that can be read."""
+    try:
+        file = SnapshotFile.open(sidecar)
+    except OSError:
+        return None
+    file.close()
+    return file.header.uuid.hex()

@@ -1,0 +1,112 @@
+"""The scratch file of a stored snapshot: whether it is still that, and what becomes of it.
+
+The sidecar says where it is and which file; whatever else is found in its place is left alone.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from nbdbackup.bitmap.clusters import ClusterBitmap
+from nbdbackup.bitmap.identity import was_changed_after
+from nbdbackup.extents import Extent
+from nbdbackup.fleece.snapshot_format import ScratchIdentity, SnapshotFlags, SnapshotHeader
+
+logger = logging.getLogger(__name__)
+
+SCRATCH_SUFFIX = ".scratch"
+
+
+def scratch_identity(path: str, status: os.stat_result) -> ScratchIdentity:
+    """Of the file at `path`, as it is now."""
+    return ScratchIdentity(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def open_stored_scratch(header: SnapshotHeader, same_boot: bool) -> tuple[int, str]:
+    """The scratch of `header`, open, and ""; or -1 and why it cannot be used."""
+    expected = header.scratch
+    try:
+        fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        return -1, f"its scratch {expected.path} cannot be opened: {error.strerror}"
+    status = os.fstat(fd)
+    reason = ""
+    if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
+        reason = f"its scratch {expected.path} is another file"
+    elif status.st_size != header.identity.size:
+        reason = f"its scratch {expected.path} was {header.identity.size} bytes long, and is {status.st_size}"
+    elif SnapshotFlags.IN_USE not in header.flags and (
+        (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
+    ):
+        reason = f"its scratch {expected.path} was changed while no server used it"
+    elif SnapshotFlags.IN_USE in header.flags and was_changed_after(status.st_mtime_ns, header.alive_ns):
+        reason = f"its scratch {expected.path} was changed after the server that used it had died"
+    if reason:
+        os.close(fd)
+        return -1, reason
+    return fd, ""
+
+
+def scratch_bytes_used(header: SnapshotHeader) -> int:
+    """What the scratch of a snapshot at rest takes."""
+    try:
+        return os.stat(header.scratch.path).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def remove_scratch(header: SnapshotHeader) -> None:
+    """Remove the scratch of `header`, if what has its name is surely that.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    path = Path(header.scratch.path)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    # Killed between making it and noting which one it is, nobody knows its inode.
+    if status.st_ino == header.scratch.inode or _has_our_name(header):
+        path.unlink()
+    else:
+        logger.warning("%s may be scratch of snapshot %s: left as it is", path, header.export_name)
+
+
+def free_scratch(header: SnapshotHeader) -> None:
+    """Give back what the scratch of a broken snapshot takes, if it is surely that. Never fails."""
+    expected = header.scratch
+    try:
+        fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        status = os.fstat(fd)
+        is_surely_it = _has_our_name(header) or status.st_dev == expected.device
+        if is_surely_it and status.st_ino == expected.inode and status.st_size:
+            os.ftruncate(fd, 0)
+            logger.info("scratch %s of snapshot %s is given back", expected.path, header.export_name)
+    except OSError as error:
+        logger.warning("scratch %s: %s", expected.path, error.strerror)
+    finally:
+        os.close(fd)
+
+
+def stored_clusters(fd: int, header: SnapshotHeader) -> ClusterBitmap:
+    """The clusters that take room in the file."""
+    size, cluster = header.identity.size, header.cluster_bytes
+    stored = ClusterBitmap(size, cluster)
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError:
+            break
+        position = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        stored.set(Extent(start, position - start).aligned_out(cluster, size))
+    return stored
+
+
+def _has_our_name(header: SnapshotHeader) -> bool:
+    """Whether nobody else makes files of that name: it has the snapshot's uuid."""
+    return header.scratch.path.endswith(f".{header.uuid.hex()}{SCRATCH_SUFFIX}")
