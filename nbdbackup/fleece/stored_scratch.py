@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.identity import was_changed_after
+from nbdbackup.block.linux import Locality, file_locality
 from nbdbackup.extents import Extent
 from nbdbackup.fleece.snapshot_format import ScratchIdentity, SnapshotFlags, SnapshotHeader
 
@@ -39,12 +40,17 @@ def open_stored_scratch(header: SnapshotHeader, same_boot: bool) -> tuple[int, s
         (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
     ):
         reason = f"its scratch {expected.path} was changed while no server used it"
-    elif SnapshotFlags.IN_USE in header.flags and was_changed_after(status.st_mtime_ns, header.alive_ns):
+    elif SnapshotFlags.IN_USE in header.flags and _was_changed_after(fd, status, header.alive_ns):
         reason = f"its scratch {expected.path} was changed after the server that used it had died"
     if reason:
         os.close(fd)
         return -1, reason
     return fd, ""
+
+
+def _was_changed_after(fd: int, status: os.stat_result, alive_ns: int) -> bool:
+    # Times from another machine's clock tell nothing.
+    return file_locality(fd) is not Locality.UNKNOWN and was_changed_after(status.st_mtime_ns, alive_ns)
 
 
 def scratch_bytes_used(header: SnapshotHeader) -> int:
