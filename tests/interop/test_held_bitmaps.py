@@ -91,9 +91,9 @@ def restarted(serve: ServeFunction, server: Server) -> Server:
 
 
 @pytest.mark.parametrize(
-    ("durability", "end"), [("process", "killed"), ("process", "stopped"), ("power", "killed")]
+    ("durability", "end", "pulled"),
+    [("process", "killed", True), ("process", "stopped", False), ("power", "killed", True)],
 )
-@pytest.mark.parametrize("pulled", [True, False], ids=["pulled", "not pulled"])
 def test_an_incremental_pull_can_be_done_again_after_a_restart(
     serve: ServeFunction, disk: Path, state: Path, durability: str, end: str, pulled: bool
 ) -> None:
