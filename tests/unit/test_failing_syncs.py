@@ -19,7 +19,13 @@ from nbdbackup.daemon.transaction import run_transaction
 from nbdbackup.errors import DeviceError
 from nbdbackup.job.sync import Sync, SyncMode
 from nbdbackup.monitor.services_backup import BackupRequest, TargetPath
-from nbdbackup.monitor.services_bitmaps import BitmapAdd, BitmapChange, BitmapClear, BitmapEnable
+from nbdbackup.monitor.services_bitmaps import (
+    BitmapAdd,
+    BitmapChange,
+    BitmapClear,
+    BitmapEnable,
+    BitmapRemove,
+)
 from nbdbackup.monitor.services_snapshots import SnapshotOptions
 from tests.support.daemon import Daemon, composed
 
@@ -170,3 +176,16 @@ async def test_a_checkpoint_that_cannot_be_put_on_disk_is_not_made(
     assert [info.name for info in daemon.checkpoints.list()] == ["c1"]
     assert [bitmap.enabled for bitmap in daemon.graph.entry("disk").bitmaps if bitmap.name == "c1"] == [True]
     assert "disk@c2" not in daemon.snapshots.live
+
+
+async def test_writes_pass_again_when_the_bitmap_is_removed(
+    daemon: Daemon, fail: Fail, tmp_path: Path
+) -> None:
+    node = daemon.graph.get("disk")
+    fail("bitmaps")
+    with pytest.raises(DeviceError):
+        await node.write(3 * GRANULE, b"new")
+    await change(daemon, BitmapRemove("disk", "b0"))
+    await node.write(3 * GRANULE, b"new")
+    assert (tmp_path / "disk").read_bytes()[3 * GRANULE :].startswith(b"new")
+    assert os.listdir(tmp_path / "bitmaps") == []
