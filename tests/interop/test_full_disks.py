@@ -166,24 +166,22 @@ def test_no_room_in_the_state_directory_is_one_line_for_each_command_and_leaves_
     serve: ServeFunction, small: Path, tmp_path: Path
 ) -> None:
     server = serve(state_dir=small / "state", disk=make_disk(tmp_path / "disk.img", SIZE))
-    server.cli("checkpoint", "create", "disk", "c1")
-    server.cli("snapshot", "drop", "disk@c1")
     kept = sorted(path for path in (small / "state").rglob("*"))
-    room = small / "filler"
-    fill(room)
     commands = (
         ("snapshot", "create", "disk", "--name", "s"),
         ("checkpoint", "create", "disk", "c2"),
         ("bitmap", "add", "disk", "b"),
     )
     for command in commands:
+        fill(small / f"filler-{command[0]}")
         result = server.cli(*command, check=False)
         assert result.returncode == 1, command
         assert len(result.stderr.splitlines()) == 1
         assert NO_ROOM in result.stderr
         assert sorted(path for path in (small / "state").rglob("*")) == kept
     assert set(write_everything(server)) == {0}
-    room.unlink()
+    for filler in small.glob("filler-*"):
+        filler.unlink()
     for command in commands:
         server.cli(*command)
     # The file system goes before the server that the fixture stops.
