@@ -7,7 +7,8 @@
     |-- ProtocolError        a peer broke its protocol: end that peer, nobody else
     |-- CopyError            a block copy failed; `side` says whether to blame source or target
     `-- DeviceError          (also an OSError) a device operation failed with `errno`
-        `-- SnapshotError    the snapshot cannot answer for this range any more; the text has the cause
+        |-- SnapshotError    the snapshot cannot answer for this range any more; the text has the cause
+        `-- UnreachableError the server behind the device is gone; it did not refuse, and may come back
 
 The message is one line for a person: what failed, on what, and what to do.
 Devices raise OSError (DeviceError where they have more to say than the kernel).
@@ -53,6 +54,10 @@ class DeviceError(NbdBackupError, OSError):
 
 class SnapshotError(DeviceError):
     """The snapshot has no bytes for this range: it broke, or the range was discarded."""
+
+
+class UnreachableError(DeviceError):
+    """The server behind the device is gone, and did not come back in time. It has refused nothing."""
 
 
 class Side(Enum):

@@ -51,6 +51,13 @@ class ClusterBitmap:
             result._count += bits.count(1)
         return result
 
+    def assign(self, other: "ClusterBitmap") -> None:
+        """Let the same bits be set as in `other`, which is of the same device; they stay where they are."""
+        assert (self.size, self.cluster_bytes) == (other.size, other.cluster_bytes)
+        for first, stop in pieces(len(self._bits)):
+            self._bits[first:stop] = other._bits[first:stop]
+        self._count = other._count
+
     def copy(self) -> "ClusterBitmap":
         """Another one, with the same bits set now."""
         other = ClusterBitmap(0, self.cluster_bytes)

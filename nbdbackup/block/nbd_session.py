@@ -34,7 +34,7 @@ from nbdbackup.block.nbd_connection import Connection, Limits, Operation, connec
 from nbdbackup.block.nbd_journal import BYTES_MAX as JOURNAL_BYTES_MAX
 from nbdbackup.block.nbd_journal import Journal
 from nbdbackup.block.nbd_tls import client_tls
-from nbdbackup.errors import DeviceError, NbdBackupError, NotFoundError, ProtocolError
+from nbdbackup.errors import DeviceError, NbdBackupError, NotFoundError, ProtocolError, UnreachableError
 from nbdbackup.nbd.client import ClientNegotiation, RemoteExport
 from nbdbackup.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, Command, Errno, TransmissionFlags
 from nbdbackup.nbd.replies import shown_text
@@ -142,7 +142,8 @@ class RemoteSession:
         On return, also by an exception, none of them is under way any more.
 
         Raises:
-            DeviceError: the server is gone for longer than the reconnect delay, or for good.
+            UnreachableError: the server is gone for longer than the reconnect delay.
+            DeviceError: it is gone for good: another disk came back.
         """
         try:
             for operation in operations:
@@ -171,7 +172,7 @@ class RemoteSession:
         if self._unsafe is None and offered and not self._journal.is_clean:
             await self.perform(Operation(Command.FLUSH))
         if self._unsafe is not None:
-            raise DeviceError(errno.EIO, str(self._unsafe))
+            raise type(self._unsafe)(errno.EIO, str(self._unsafe))
 
     # Operations.
 
@@ -257,9 +258,9 @@ class RemoteSession:
         del outcome
         self._checkpoint = None
 
-    def _note_unsafe(self, what: str) -> None:
+    def _note_unsafe(self, what: str, kind: type[DeviceError] = DeviceError) -> None:
         if self._unsafe is None:
-            self._unsafe = DeviceError(errno.EIO, f"writes to {self.uri} may be lost: {what}")
+            self._unsafe = kind(errno.EIO, f"writes to {self.uri} may be lost: {what}")
             logger.error("%s", self._unsafe)
         self._journal.clear()
         self._room.set()
@@ -283,14 +284,15 @@ class RemoteSession:
         self._connections = []
         self._cause = cause
         if not self._journal.bytes_max and self._journal.unsafe:
-            self._note_unsafe(f"the connection was lost ({_text(cause)}) before they were flushed")
+            line = f"the connection was lost ({_text(cause)}) before they were flushed"
+            self._note_unsafe(line, UnreachableError)
         again: list[Operation] = []
         for operation in orphans:
             if operation.is_cancelled:
                 operation.end(DeviceError(errno.ECANCELED, "cancelled"))
             elif operation.tries >= TRIES_MAX:
                 line = f"{self.uri}: {operation.command.name} failed {operation.tries} times: {_text(cause)}"
-                operation.end(DeviceError(errno.EIO, line))
+                operation.end(UnreachableError(errno.EIO, line))
             else:
                 again.append(operation)
         self._waiting.extendleft(reversed(again))
@@ -312,7 +314,7 @@ class RemoteSession:
             return DeviceError(errno.EIO, f"{self.uri}: {_text(self._cause)}")
         delay_s = self.options.reconnect_delay_s
         within = f" and could not be made again within {delay_s:g} s" if delay_s else ""
-        return DeviceError(
+        return UnreachableError(
             errno.EIO, f"{self.uri}: the connection to the server was lost{within}: {_text(self._cause)}"
         )
 

@@ -3,6 +3,9 @@
 The job belongs to the server: if this process dies, or its terminal is closed, the job goes
 on. Interrupting is another matter: Ctrl-C asks whether to leave the job alone or to cancel
 it; where nobody can be asked, it is cancelled, and so it is on SIGTERM.
+
+If the server goes away, or the one of a remote target, the job is interrupted: the command ends, and says how
+to go on.
 """
 
 import argparse
@@ -15,13 +18,20 @@ from qemu.qmp import EventListener
 
 from nbdbackup.cli import backup_options, interrupts, progress
 from nbdbackup.cli.backup_options import BackupOptions
-from nbdbackup.cli.control import CommandError, Control, connected, explained, run_async
+from nbdbackup.cli.control import (
+    CommandError,
+    Control,
+    ServerGoneError,
+    connected,
+    explained,
+    run_async,
+)
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.interrupts import Interrupts
 from nbdbackup.cli.output import print_json_line, say
 from nbdbackup.cli.parser import Verbs
 from nbdbackup.cli.progress import Progress
-from nbdbackup.cli.replies import StartedBackup
+from nbdbackup.cli.replies import JobInfo, StartedBackup
 from nbdbackup.cli.sizes import format_size
 from nbdbackup.cli.watch import JOB_EVENTS, JobEnd, Outcome, wait_job_end
 from nbdbackup.errors import NbdBackupError
@@ -76,7 +86,7 @@ async def _attended(
     """Start the job and stay with it to its end, or until an interrupt ends the waiting."""
     job_id = await _started(control, options, interrupted)
     # Not a TaskGroup: this ends by whichever comes first, and its caller wants the plain exception.
-    end = asyncio.ensure_future(wait_job_end(control, listener, job_id, shown.report, shown.tell))
+    end = asyncio.ensure_future(_end_of(control, options, listener, shown, job_id))
     try:
         while (number := await _first(end, interrupted.wait())) is not None:
             shown.pause()
@@ -96,6 +106,39 @@ async def _attended(
     finally:
         end.cancel()
         await asyncio.wait([end])
+
+
+async def _end_of(
+    control: Control, options: BackupOptions, listener: EventListener, shown: Progress, job_id: str
+) -> JobEnd:
+    """Wait for the end of the job.
+
+    Raises:
+        ServerGoneError: the server went away; if it is so, that it is kept.
+    """
+    is_kept = False
+
+    def report(job: JobInfo) -> None:
+        nonlocal is_kept
+        is_kept = job.kept
+        shown.report(job)
+
+    waits_for_target = options.on_target_error == "stop"
+    try:
+        return await wait_job_end(
+            control, listener, job_id, report, shown.tell, waits_for_target=waits_for_target
+        )
+    except ServerGoneError as error:
+        if not is_kept:
+            raise
+        raise ServerGoneError(
+            f"the server on {control.path} went away; the backup of {options.node} to {options.target} is "
+            f"kept: start the server again, and {_ways_on(job_id)}"
+        ) from error
+
+
+def _ways_on(job_id: str) -> str:
+    return f"go on with 'nbdbackup job resume {job_id}', or give it up with 'nbdbackup job cancel {job_id}'"
 
 
 async def _started(control: Control, options: BackupOptions, interrupted: Interrupts) -> str:
@@ -183,6 +226,11 @@ def _told(options: BackupOptions, end: JobEnd) -> int:
         print_json_line(end.as_json())
     if end.outcome is Outcome.CANCELLED:
         raise NbdBackupError(f"the backup of {options.node} to {options.target} was cancelled")
+    if end.outcome is Outcome.INTERRUPTED:
+        raise NbdBackupError(
+            f"the backup of {options.node} to {options.target} was interrupted, and is kept: {end.error}; "
+            f"{_ways_on(end.job_id)}"
+        )
     if end.outcome is Outcome.FAILED:
         raise NbdBackupError(f"the backup of {options.node} to {options.target} failed: {end.error}")
     if not options.json:

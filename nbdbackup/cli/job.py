@@ -18,8 +18,9 @@ from nbdbackup.errors import NbdBackupError, NotFoundError
 
 ACTIONS = {
     "pause": "stop copying until resume; client writes still save old contents",
-    "resume": "go on with a paused job",
-    "cancel": "end a job; its unfinished target is removed",
+    "resume": "go on with a job that is paused, was stopped by an error, or was interrupted when its server "
+    "or its target's went away: at the same point in time, from where it was",
+    "cancel": "end a job, or give up an interrupted one; its unfinished target is removed",
     "finalize": "let a job that waits in 'pending' come into effect",
     "dismiss": "take a job that is over off the list",
 }
@@ -143,7 +144,7 @@ async def _list(options: ListOptions) -> int:
                 job.status,
                 f"{format_size(job.current_progress)} of {format_size(job.total_progress)}",
                 f"{format_size(speeds[job.id])}/s" if speeds.get(job.id) else "none",
-                job.error or "",
+                job.error or job.paused_because,
             )
             for job in jobs
         ],

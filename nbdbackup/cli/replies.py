@@ -30,6 +30,9 @@ class JobInfo(msgspec.Struct, frozen=True, rename="kebab"):
     current_progress: int = 0
     total_progress: int = 0
     error: str | None = None
+    kept: bool = msgspec.field(name="x-nbdbackup-kept", default=False)
+    """It outlives the server."""
+    paused_because: str = msgspec.field(name="x-nbdbackup-paused-because", default="")
     source_errors_ignored: int = msgspec.field(name="x-nbdbackup-source-errors-ignored", default=0)
 
 
@@ -38,6 +41,7 @@ class BlockJobInfo(msgspec.Struct, frozen=True, rename="kebab"):
 
     device: str
     speed: int = 0
+    io_status: str = "ok"
 
 
 class StartedBackup(msgspec.Struct, frozen=True, rename="kebab"):

@@ -96,6 +96,7 @@ def serve_options(namespace: argparse.Namespace) -> ServeOptions:
         tls=tls,
         tls_only=_tls_only(namespace.tls_only, sources, tls),
         bitmap_durability=namespace.bitmap_durability,
+        resume_jobs=namespace.resume_jobs,
         reconnect_delay_s=namespace.reconnect_delay,
         poll_max_us=namespace.poll_max_us,
         pid_file=namespace.pid_file and namespace.pid_file.absolute(),

@@ -192,8 +192,9 @@ def _add_state(parser: Parser) -> None:
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="persistent bitmaps and scratch files of snapshots live here; one server for each (default: "
-        "$XDG_STATE_HOME/nbdbackup, ~/.local/state/nbdbackup, for root /var/lib/nbdbackup)",
+        help="persistent bitmaps, scratch files of snapshots and interrupted backups live here; one server "
+        "for each (default: $XDG_STATE_HOME/nbdbackup, ~/.local/state/nbdbackup, "
+        "for root /var/lib/nbdbackup)",
     )
     group.add_argument(
         "--bitmap-durability",
@@ -203,6 +204,12 @@ def _add_state(parser: Parser) -> None:
         "its being killed; when the machine goes down they become inconsistent, and the next backup is a "
         "full one. power: that as well; the first write to each granule after a backup waits for a sync of "
         "the state directory, and fails if that does",
+    )
+    group.add_argument(
+        "--resume-jobs",
+        action="store_true",
+        help="backups that were interrupted by the end of the last server go on at once, at the same point "
+        "in time (default: they are paused, until 'job resume' or 'job cancel')",
     )
     group.add_argument(
         "--control",

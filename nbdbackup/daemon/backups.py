@@ -1,5 +1,7 @@
 """Starting backups: a step of a transaction, so that everything that can be refused is refused first.
 
+One whose target is a path or a URI, and that is started alone, outlives the daemon if it can (`jobs.kept`).
+
 What is refused, and in which order, is QEMU's: the nodes, the bitmap, both ends the same, compression,
 ends in use, x-perf, sizes, what a filter or a target must be, and the job's id and speed at last.
 """
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, WantedClusters
 from nbdbackup.block.executor import IoExecutor
@@ -19,6 +22,8 @@ from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node
 from nbdbackup.block.open import is_remote
 from nbdbackup.daemon.graph import Entry, Graph, is_same_server, refuse_same_file
+from nbdbackup.daemon.jobs.kept import KeptJob, KeptJobs, NewJob
+from nbdbackup.daemon.stored_snapshots import plan_of
 from nbdbackup.daemon.transaction import Action, run_transaction
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT
@@ -33,11 +38,14 @@ from nbdbackup.fleece.snapshots import (
 )
 from nbdbackup.job.backup import WORKERS_MAX, BackupJob, BackupOptions
 from nbdbackup.job.events import Event
+from nbdbackup.job.kept_backup import KeptBackup
 from nbdbackup.job.registry import JobRegistry
 from nbdbackup.job.sync import FrozenBitmap, Sync, SyncMode
 from nbdbackup.job.target import BACKUP_USER, ExistingTarget, NewFileTarget, Target, open_target
 from nbdbackup.job.transaction import JobTransaction
 from nbdbackup.monitor.services_backup import BackupRequest, TargetNode, TargetPath
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,7 @@ class Surroundings:
     remote: RemoteOptions
     own_uris: Callable[[], Sequence[str]]
     make_target: Callable[[str, int], NewFileTarget] = NewFileTarget
+    kept: KeptJobs | None = None
 
 
 class Backups:
@@ -72,12 +81,14 @@ class Backups:
         remote: RemoteOptions,
         own_uris: Callable[[], Sequence[str]],
         make_target: Callable[[str, int], NewFileTarget] = NewFileTarget,
+        kept: KeptJobs | None = None,
     ) -> None:
         """`remote` is how remote targets are used; `own_uris` are those that this daemon listens on.
 
-        `make_target` makes a new target of a path and a size.
+        `make_target` makes a new target of a path and a size. `kept` has those that outlive the daemon; None:
+        none does.
         """
-        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris, make_target)
+        self._surroundings = Surroundings(graph, jobs, scratch_directory, remote, own_uris, make_target, kept)
 
     def action(self, request: BackupRequest) -> "BackupAction":
         """The step of a transaction that starts the backup."""
@@ -85,7 +96,7 @@ class Backups:
 
     async def start(self, request: BackupRequest) -> str:
         """Take the point in time and start the job; its id."""
-        action = self.action(request)
+        action = BackupAction(self._surroundings, request, keeps=True)
         await run_transaction([action])
         return action.job.id
 
@@ -107,9 +118,11 @@ class Backups:
 class BackupAction(Action):
     """Start one backup. `job` is there once it is prepared."""
 
-    def __init__(self, surroundings: Surroundings, request: BackupRequest) -> None:
+    def __init__(self, surroundings: Surroundings, request: BackupRequest, *, keeps: bool = False) -> None:
+        """`keeps`: whether the job outlives the daemon, if it can."""
         self._in = surroundings
         self._request = request
+        self._keeps = keeps
         self._sync: Sync
         self._node: Node
         self._target_entry: Entry | None = None
@@ -117,6 +130,7 @@ class BackupAction(Action):
         self._scratch: Scratch | None = None
         self._snapshot: Snapshot | None = None
         self._wanted: WantedClusters | None = None
+        self._kept: KeptJob | None = None
         self._job: BackupJob | None = None
         self._is_committed = False
         self._together: JobTransaction | None = None
@@ -142,19 +156,34 @@ class BackupAction(Action):
         options = None if self._target_entry is not None else self._options()
         if isinstance(request.target, TargetPath):
             self._target = await self._open_target(request.target)
-        if place is not None:
+        # What is wrong now an earlier step may have mended when it is this one's turn: `prepare` looks again.
+        with suppress(NbdBackupError):
+            await self._keep(place)
+        if place is not None and self._scratch is None:
             cluster_bytes = (options or self._options()).cluster_bytes
             title = f"scratch of a backup of {self._node}"
             self._scratch = open_scratch(
                 place, self._node.size, cluster_bytes, request.scratch_bytes_max, title
             )
-        # What is wrong now an earlier step may have mended when it is this one's turn: `prepare` looks again.
         with suppress(NbdBackupError):
             await self._make_job()
         if self._job is not None and self._scratch is not None:
             self._snapshot = await make_snapshot(self._plan(self._scratch))
         if self._job is not None and self._sync.mode.copies_dirty:
             await self._look_at_bitmap(self._job)
+
+    async def _keep(self, place: Path | None) -> None:
+        kept = self._in.kept
+        if kept is None or not self._keeps or not kept.can_keep(self._request, self._sync, self._node, place):
+            return
+        self._check()
+        assert self._target is not None
+        job_id = self._in.jobs.new_id(self._request.job_id)
+        self._kept = await kept.create(
+            NewJob(self._node, job_id, self._request, self._sync, self._options(), self._target, place)
+        )
+        if self._kept is not None and place is not None:
+            self._scratch = self._kept.stored.scratch
 
     async def _look_at_bitmap(self, job: BackupJob) -> None:
         """Find out what is to be copied; what clients change from now on is added at the instant."""
@@ -163,7 +192,8 @@ class BackupAction(Action):
         self._wanted = WantedClusters(bitmap, job.options.cluster_bytes)
         for _ in self._wanted.pieces():
             await asyncio.sleep(0)
-        job.expect(self._wanted.clusters, self._snapshot)
+        wanted, snapshot = self._wanted.clusters, self._snapshot
+        await self._aside(lambda: job.expect(wanted, snapshot))
 
     def nodes(self) -> Sequence[Node]:
         return (self._node,)
@@ -181,21 +211,28 @@ class BackupAction(Action):
         frozen = None
         if bitmap is not None:
             assert self._sync.bitmap_mode is not None
-            frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode)
+            holder = None if self._kept is None else self._kept.uuid
+            frozen = FrozenBitmap(bitmap, self._sync.bitmap_mode, holder=holder)
         if self._snapshot is None:
             self.job.hold_direct(frozen, unexpected)
         else:
             self._snapshot.insert()
             self.job.hold_fleecing(self._snapshot, frozen, unexpected)
+        if self._kept is not None:
+            self._kept.go_live()
 
     def commit(self) -> None:
         self._is_committed = True
         if self._snapshot is not None:
             self._in.graph.announcer.watch(self._snapshot)
+        if isinstance(self.job, KeptBackup) and self._in.kept is not None:
+            self._in.kept.note_job(self.job)
         self._in.jobs.start(self.job)
         logger.info("%s: backup of %s to %s started", self.job.id, self._node, self.job.target.device)
 
     def abort(self) -> None:
+        if self._kept is not None:
+            self._kept.withdraw()
         self.job.let_go()
         if self._snapshot is not None:
             self._snapshot.take_out()
@@ -215,6 +252,8 @@ class BackupAction(Action):
         elif self._target is not None:
             await self._target.discard()
             await self._target.close()
+            if self._kept is not None:
+                await self._kept.remove()
 
     # Checks.
 
@@ -312,18 +351,23 @@ class BackupAction(Action):
     async def _make_job(self) -> None:
         self._check()
         job_id, target = self._claim()
+        self._job = await self._aside(lambda: self._new_job(job_id, target))
+
+    async def _aside(self, make: Callable[[], T]) -> T:
+        """What `make` returns, which takes time with the maps of a large disk, and then has a thread."""
         if self._node.size // _cluster_bytes(self._request) <= INLINE_CLUSTERS_MAX:
-            self._job = self._new_job(job_id, target)
-            return
+            return make()
         executor = IoExecutor("maps", threads_max=1)
         try:
-            self._job = await executor.run(self._new_job, job_id, target)
+            return await executor.run(make)
         finally:
             executor.shutdown()
 
     def _claim(self) -> tuple[str, Target]:
         """A job's id, and the target, which nobody else may use from now on; `_check` found nothing wrong."""
-        job_id = self._in.jobs.new_id(self._request.job_id)
+        job_id = self._in.jobs.new_id(
+            self._request.job_id if self._kept is None else self._kept.record.job_id
+        )
         if self._target is None:
             assert self._target_entry is not None
             self._target = ExistingTarget(self._target_entry.node, users=self._target_entry.users)
@@ -331,9 +375,14 @@ class BackupAction(Action):
 
     def _new_job(self, job_id: str, target: Target) -> BackupJob:
         """The job, with its maps: on a disk of many TiB these take time."""
+        if self._kept is not None:
+            make_maps = self._kept.maps if self._kept.record.is_direct else None
+            return KeptBackup(job_id, self._node, target, self._options(), self._kept, make_maps)
         return BackupJob(job_id, self._node, target, self._options(), transaction=self._together)
 
     def _plan(self, scratch: Scratch) -> SnapshotPlan:
+        if self._kept is not None:
+            return plan_of(self._node, self._kept.stored)
         options = self.job.options
         return SnapshotPlan(self._node, self.job.id, scratch, options.on_cbw_error, options.cbw_timeout_s)
 

@@ -79,7 +79,11 @@ class Ending:
         jobs = list(self.jobs) if self.jobs is not None else []
         return [
             *(f"{count} requests of clients of {export}" for export, count in requests.items()),
-            *(f"job {job.id}" for job in jobs if job.status not in (JobStatus.CONCLUDED, JobStatus.NULL)),
+            *(
+                f"job {job.id}"
+                for job in jobs
+                if not job.is_left and job.status not in (JobStatus.CONCLUDED, JobStatus.NULL)
+            ),
         ]
 
 

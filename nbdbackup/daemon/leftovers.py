@@ -5,9 +5,11 @@
                one of a stored snapshot whose sidecar is lost or cannot be read
     bitmap     persistent bitmaps of a node that there is not: it may be served again one day
     snapshot   a stored snapshot of such a node
+    job        an interrupted backup of such a node
 
 Nothing of it is removed unless a user says so. What somebody may still want is *kept* unless it is named, or
-all is asked for: bitmaps and snapshots, and scratch whose sidecar may be of a newer version.
+all is asked for: bitmaps, snapshots and jobs, scratch whose sidecar may be of a newer version, and partial
+files while there are jobs that may be.
 """
 
 import os
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from nbdbackup.bitmap.file import failed
 from nbdbackup.daemon.bitmaps import Bitmaps
+from nbdbackup.daemon.jobs.store import JobStore
 from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.stored_snapshots import StoredSnapshots
 from nbdbackup.errors import ConflictError, DeviceError, NotFoundError
@@ -30,7 +33,7 @@ BLOCK_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """`export` is the snapshot's, if it is one."""
+    """`export` is the snapshot's, if it is one, or what a job's sidecar is called."""
 
     kind: str
     path: Path
@@ -50,11 +53,13 @@ class Leftovers:
         partials: PartialFiles,
         bitmaps: Bitmaps,
         snapshots: StoredSnapshots | None = None,
+        jobs: JobStore | None = None,
     ) -> None:
         self._scratch_directory = scratch_directory
         self._partials = partials
         self._bitmaps = bitmaps
         self._snapshots = snapshots
+        self._jobs = jobs
 
     async def leftovers(self) -> Sequence[LeftoverInfo]:
         """Every leftover."""
@@ -81,8 +86,10 @@ class Leftovers:
         return removed
 
     async def _look(self) -> list[_Found]:
+        has_strange_jobs = self._jobs is not None and self._jobs.has_strange
         found = [
-            _Found("partial", path, "of a backup that did not end") for path in self._partials.leftovers()
+            _Found("partial", path, "of a backup that did not end", kept=has_strange_jobs)
+            for path in self._partials.leftovers()
         ]
         if self._bitmaps.store is not None:
             found += [
@@ -91,7 +98,22 @@ class Leftovers:
             ]
         for directory in (self._scratch_directory, *sorted(self._partials.known_directories())):
             found += [_Found("scratch", path, "of a server that died") for path in _scratch_files(directory)]
-        return [*found, *await self._look_at_snapshots()]
+        return [*found, *self._look_at_jobs(), *await self._look_at_snapshots()]
+
+    def _look_at_jobs(self) -> list[_Found]:
+        records = self._jobs.records_at_rest() if self._jobs is not None else ()
+        return [
+            _Found(
+                "job",
+                path,
+                f"interrupted backup '{record.job_id}' of node '{record.node}', which there is not",
+                kept=True,
+                export=record.export_name,
+                elsewhere_bytes=used_bytes,
+            )
+            for record, path, used_bytes in records
+            if self._bitmaps.graph.find(record.node) is None
+        ]
 
     async def _look_at_snapshots(self) -> list[_Found]:
         if self._snapshots is None:
@@ -105,7 +127,8 @@ class Leftovers:
                     reason += f"; broken: {at_rest.cause}"
                 used = 0 if at_rest.header is None else scratch_bytes_used(at_rest.header)
                 found.append(_Found("snapshot", at_rest.path, reason, True, at_rest.export_name, used))
-        for lost in await self._snapshots.lost_scratch(self._scratch_directory):
+        sidecars = () if self._jobs is None else (self._jobs.directory,)
+        for lost in await self._snapshots.lost_scratch(self._scratch_directory, sidecars):
             reason = "of a snapshot whose sidecar is gone"
             if lost.unreadable is not None:
                 reason = f"of a snapshot whose sidecar {lost.unreadable} cannot be read"
@@ -119,6 +142,9 @@ class Leftovers:
             elif found.kind == "snapshot":
                 assert self._snapshots is not None
                 await self._snapshots.remove_at_rest(found.export)
+            elif found.kind == "job":
+                assert self._jobs is not None
+                self._jobs.remove_at_rest(found.export)
             else:
                 os.unlink(found.path)
         except (FileNotFoundError, NotFoundError):

@@ -94,5 +94,7 @@ class ServeOptions:
     run_command: str | None = None
     """Shell command to run with `$uri` set; serve until it ends and exit with its status."""
     exit_on_last: bool = False
+    resume_jobs: bool = False
+    """Whether backups that were interrupted go on at once, and do not wait to be resumed."""
     stop_timeout_s: float = STOP_TIMEOUT_S
     """Once it shall end, it does within this time, whatever it has to leave undone; 0: no limit."""

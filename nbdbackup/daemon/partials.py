@@ -9,6 +9,7 @@ looks.
 import os
 import stat
 import uuid
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from weakref import WeakSet
@@ -25,6 +26,8 @@ class PartialFiles:
         self._directory = directory
         self._targets: WeakSet[NewFileTarget] = WeakSet()
         """Those of backups that somebody may still be at."""
+        self.owners: list[Callable[[], Iterable[str]]] = []
+        """Each gives the paths of partial files that are nobody's leftovers."""
 
     def make(self, path: str, size: int) -> NewFileTarget:
         """A new target at `path`, whose partial file is known from before it is there.
@@ -51,6 +54,16 @@ class PartialFiles:
         reach("partial.record.named")
         return target
 
+    def take_over(self, path: str, size: int) -> NewFileTarget:
+        """The target at `path` that an earlier process began.
+
+        Raises:
+            NbdBackupError: see `NewFileTarget`.
+        """
+        target = NewFileTarget(path, size, begun=True)
+        self._targets.add(target)
+        return target
+
     def _record(self, partial: str) -> Path:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         record = self._directory / uuid.uuid4().hex
@@ -60,6 +73,8 @@ class PartialFiles:
     def leftovers(self) -> list[Path]:
         """The partial files that are there still, and that no backup of this process is at."""
         owned = {target.partial for target in self._targets}
+        for owner in self.owners:
+            owned.update(owner())
         found = []
         for record in _entries(self._directory):
             if not record.is_symlink():

@@ -19,6 +19,7 @@ from nbdbackup.daemon.ending import Ending
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.exports import Exports
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.jobs.kept import KeptJobs
 from nbdbackup.daemon.leftovers import Leftovers
 from nbdbackup.daemon.nodes.table import NodeWatcher
 from nbdbackup.daemon.options import InheritedSocket, ServeOptions, TcpAddress
@@ -125,13 +126,14 @@ async def _run(
     ending.server = server
     bitmaps = await _open_bitmaps(options, stack, state, graph, server.exports)
     snapshots = await _open_snapshots(stack, state, graph, server)
-    await _watch_nodes(graph, ReclaimUnheld())
     async with asyncio.TaskGroup() as tasks:
         jobs = ending.jobs = JobRegistry(tasks)
         jobs.subscribe(Backups.log_event)
         partials = PartialFiles(state.partials)
+        kept = await _open_jobs(stack, state, graph, jobs, partials, options)
+        await _watch_nodes(graph, ReclaimUnheld())
         backups = Backups(
-            graph, jobs, state.scratch, _remote_options(options), server.uris, make_target=partials.make
+            graph, jobs, state.scratch, _remote_options(options), server.uris, partials.make, kept
         )
         services = Services(
             jobs,
@@ -143,7 +145,7 @@ async def _run(
             exports=Exports(graph, server, tasks, announcer),
             bitmaps=bitmaps,
             checkpoints=Checkpoints(bitmaps, snapshots),
-            state=Leftovers(state.scratch, partials, bitmaps, snapshots.store),
+            state=Leftovers(state.scratch, partials, bitmaps, snapshots.store, kept.store),
         )
         if options.makes_control_directory:
             options.control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -153,7 +155,12 @@ async def _run(
                 serving = tasks.create_task(server.run())
                 living = [
                     tasks.create_task(forever)
-                    for forever in (bitmaps.keep_alive(), snapshots.keep_alive(), snapshots.free_broken())
+                    for forever in (
+                        bitmaps.keep_alive(),
+                        snapshots.keep_alive(),
+                        snapshots.free_broken(),
+                        kept.keep_alive(),
+                    )
                 ]
                 status = await _serve_until(options, server, stop)
                 ending.begin()
@@ -161,7 +168,7 @@ async def _run(
                 control.publish(Event("SHUTDOWN", {"guest": False, "reason": stop.reason}))
                 logger.info("stopping: finishing what is in flight")
                 server.stop()
-                await jobs.cancel_all()
+                await jobs.end_all()
                 await serving
                 for task in living:
                     task.cancel()
@@ -198,6 +205,22 @@ async def _open_snapshots(
     stack.push_async_callback(snapshots.close)
     await _watch_nodes(graph, snapshots)
     return snapshots
+
+
+async def _open_jobs(
+    stack: AsyncExitStack,
+    state: StateDirectory,
+    graph: Graph,
+    jobs: JobRegistry,
+    partials: PartialFiles,
+    options: ServeOptions,
+) -> KeptJobs:
+    """Those that outlived the last server, in place: no client was accepted yet. Kept when `stack` ends."""
+    kept = KeptJobs(state.jobs, graph, jobs, partials, _remote_options(options), resumes=options.resume_jobs)
+    await kept.open()
+    stack.push_async_callback(kept.close)
+    await _watch_nodes(graph, kept)
+    return kept
 
 
 async def _watch_nodes(graph: Graph, watcher: NodeWatcher) -> None:

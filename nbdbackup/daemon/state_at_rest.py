@@ -7,6 +7,7 @@ from pathlib import Path
 from nbdbackup.daemon.bitmaps import Bitmaps
 from nbdbackup.daemon.events import Announcer
 from nbdbackup.daemon.graph import Graph
+from nbdbackup.daemon.jobs.store import JobStore
 from nbdbackup.daemon.leftovers import Leftovers
 from nbdbackup.daemon.partials import PartialFiles
 from nbdbackup.daemon.state_dir import StateDirectory, is_state_directory
@@ -35,9 +36,13 @@ async def leftovers_at_rest(directory: Path) -> AsyncIterator[Leftovers]:
         try:
             await bitmaps.open()
             await snapshots.open()
+            jobs = JobStore(state.jobs)
+            jobs.open()
+            partials = PartialFiles(state.partials)
+            partials.owners.append(jobs.partials_at_rest)
             services = Bitmaps(Graph(exports, Announcer()), exports, bitmaps)
             await services.chains.open()
-            yield Leftovers(state.scratch, PartialFiles(state.partials), services, snapshots)
+            yield Leftovers(state.scratch, partials, services, snapshots, jobs)
         finally:
             snapshots.close()
             bitmaps.close()

@@ -3,6 +3,7 @@
 lock        the daemon that uses it: its process id and its command line
 version     of all that is in here; another version's is not touched
 bitmaps/    persistent bitmaps and the chain of checkpoints
+jobs/       backup jobs that outlive the daemon, and their maps
 partials/   which partial files of backups were made
 scratch/    clusters that snapshots have saved
 snapshots/  what else is known of the snapshots that outlive the daemon
@@ -31,6 +32,7 @@ class StateDirectory:
         self.scratch = path / "scratch"
         self.snapshots = path / "snapshots"
         self.bitmaps = path / "bitmaps"
+        self.jobs = path / "jobs"
         self.partials = path / "partials"
         self._lock_fd = -1
 

@@ -59,10 +59,13 @@ class StoredSnapshots:
         """Whether there is one of that name that nobody can read."""
         return export_name in self._store.at_rest
 
-    async def lost_scratch(self, own: Path) -> list[LostScratch]:
-        """Scratch files in `own`, the state directory's, and in other places that no sidecar owns."""
+    async def lost_scratch(self, own: Path, sidecars: Sequence[Path] = ()) -> list[LostScratch]:
+        """Scratch files in `own`, the state directory's, and in other places that no sidecar owns.
+
+        There are sidecars in the directories `sidecars` as well.
+        """
         places = self._store.scratch_directories()
-        return await self._executor.run(lost_scratch, self._store.directory, own, places)
+        return await self._executor.run(lost_scratch, (self._store.directory, *sidecars), own, places)
 
     async def create(self, node: Node, new: NewSnapshot) -> StoredSnapshot:
         """Make what `new` needs. Raises what `SnapshotStore.create` does."""

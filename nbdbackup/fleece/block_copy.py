@@ -93,11 +93,14 @@ class BlockCopy:
         self._zeroes = bytes(cluster_bytes)
 
     def want(self, clusters: ClusterBitmap) -> None:
-        """`clusters`, which become this object's, are all that is wanted. Before anything was copied."""
+        """`clusters`, which become this object's, are all that is wanted. Before anything was copied.
+
+        `access` stays where it is, perhaps in a file.
+        """
         assert clusters.cluster_bytes == self.cluster_bytes
         assert clusters.size == self.size
         self.dirty = clusters
-        self.access = clusters.copy()
+        self.access.assign(clusters)
 
     def adopt(self, access: ClusterBitmap, done: ClusterBitmap) -> None:
         """Use these maps, which become this object's: go on where they stand. Before anything was copied."""
@@ -121,6 +124,16 @@ class BlockCopy:
         for bitmap in (self.access, self.dirty):
             bitmap.set(everything)
         self.done.clear(everything)
+
+    def want_rest(self, clusters: ClusterBitmap) -> None:
+        """`clusters`, which become this object's, are to be copied, perhaps again, and nothing else.
+
+        Of a source that nobody changes, and while no copy is in flight.
+        """
+        assert not self.in_flight
+        self.done = self.done.minus(clusters)
+        self.dirty = clusters
+        self.access.assign(clusters)
 
     def clusters(self, area: Extent) -> Extent:
         """`area` rounded out to whole clusters."""

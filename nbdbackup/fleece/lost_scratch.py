@@ -6,7 +6,7 @@ may be one of a newer version, or be mended: its scratch is listed as such, and 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ class LostScratch:
     unreadable: Path | None
 
 
-def lost_scratch(sidecars: Path, own: Path, others: Iterable[Path]) -> list[LostScratch]:
+def lost_scratch(sidecars: Sequence[Path], own: Path, others: Iterable[Path]) -> list[LostScratch]:
     """Every such file in the directory `own`, and in `others` those of sidecars that cannot be read.
 
-    `others` may be other servers' too. Blocks as file I/O does.
+    `sidecars` are the directories that these are in. `others` may be other servers' too. Blocks as file I/O
+    does.
     """
     found = []
     for directory in {own, *others}:
@@ -36,11 +37,13 @@ def lost_scratch(sidecars: Path, own: Path, others: Iterable[Path]) -> list[Lost
             match = _NAME.fullmatch(path.name)
             if match is None:
                 continue
-            sidecar = sidecars / f"{match['stem']}{SUFFIX}"
-            uuid = _uuid(sidecar)
-            is_unreadable = uuid is None and sidecar.exists()
-            if is_unreadable or (uuid != match["uuid"] and directory == own):
-                found.append(LostScratch(path, sidecar if is_unreadable else None))
+            names = [each / f"{match['stem']}{SUFFIX}" for each in sidecars]
+            uuids = {sidecar: _uuid(sidecar) for sidecar in names if sidecar.exists()}
+            if match["uuid"] in uuids.values():
+                continue
+            unreadable = next((sidecar for sidecar, uuid in uuids.items() if uuid is None), None)
+            if unreadable is not None or directory == own:
+                found.append(LostScratch(path, unreadable))
     return sorted(found, key=lambda lost: lost.path)
 
 

@@ -91,6 +91,8 @@ class SnapshotFlags(IntFlag):
     """It was taken and not dropped. Without this it is what an unfinished create or drop left behind."""
     IN_USE = 2
     """A server saves clusters for it, or did until it died."""
+    TARGET = 4
+    """Clusters are saved straight in a backup's target, which is not scratch to be removed."""
 
 
 _ALL_FLAGS = sum(SnapshotFlags)

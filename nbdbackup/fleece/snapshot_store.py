@@ -21,8 +21,9 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".snapshot"
 NAME_PART_BYTES_MAX = 80
 
-_WENT_DOWN = "the machine went down while the snapshot was in use, and nobody knows what had reached the disk"
+_WENT_DOWN = "the machine went down while it was in use, and nobody knows what had reached the disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +75,23 @@ class SnapshotAtRest:
 
 
 class StoredSnapshot:
-    """A snapshot in use, with its sidecar `file` and `scratch`; `scratch` is its user's to close."""
+    """A snapshot in use, with its sidecar `file`."""
 
-    def __init__(self, file: SnapshotFile, scratch: Scratch, scratch_fd: int, copies: FrozenCopies) -> None:
-        """`scratch_fd` is the same file's, and this object's to close; so are `copies`."""
+    def __init__(self, file: SnapshotFile, scratch_fd: int, copies: FrozenCopies) -> None:
+        """`scratch_fd` is open on the scratch, and this object's to close; so are `copies`."""
         self.file = file
         self.copies = copies
-        self.scratch = scratch
         self._scratch_fd = scratch_fd
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """Its scratch, its user's to close. Making it, for the first user, blocks as file I/O does."""
+        header = self.file.header
+        title = f"scratch of {header.export_name}"
+        device = FileDevice(os.dup(self._scratch_fd), title, header.identity.size)
+        scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
+        scratch.count(stored_clusters(self._scratch_fd, header))
+        return scratch
 
     @property
     def header(self) -> SnapshotHeader:
@@ -153,7 +163,11 @@ class StoredSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class NewSnapshot:
-    """What a snapshot shall be; `place` is a directory for its scratch, or the new file."""
+    """What a snapshot shall be; `place` is a directory for its scratch, or the new file.
+
+    With `held_fd` it is open there, its user's to close, and saved to as it is. If it `is_target` it stays
+    when the snapshot goes. With `access_all` false nothing is wanted at first.
+    """
 
     node: str
     name: str
@@ -163,10 +177,17 @@ class NewSnapshot:
     on_cbw_error: str
     cbw_timeout_s: float
     bitmaps: Sequence[BitmapToCopy] = ()
+    held_fd: int | None = None
+    is_target: bool = False
+    access_all: bool = True
+    own_id: uuid.UUID = field(default_factory=uuid.uuid4)
 
 
 class SnapshotStore:
     """The snapshots in `directory`, which this process alone uses. Every method blocks as file I/O does."""
+
+    what = "snapshot"
+    """What a person calls them."""
 
     def __init__(
         self,
@@ -213,6 +234,7 @@ class SnapshotStore:
             logger.error("cannot remove leftover %s: %s", path, error.strerror)
 
     def _note(self, path: Path) -> None:
+        """Look at a sidecar: list it, or clear away what a crash left half done."""
         try:
             file = SnapshotFile.open(path)
         except OSError as error:
@@ -228,9 +250,17 @@ class SnapshotStore:
                 # The crash may have come before that was done.
                 free_scratch(header)
         if self.at_rest.setdefault(found.export_name, found) is not found:
-            logger.error("%s is another snapshot %s: move one away", path, found.export_name)
+            logger.error("%s is another %s %s: move one away", path, self.what, found.export_name)
         elif found.cause:
-            logger.error("snapshot %s is broken: %s", found.export_name, found.cause)
+            self._tell(found)
+
+    def _tell(self, found: SnapshotAtRest) -> None:
+        logger.error("%s %s is broken: %s", self.what, found.export_name, found.cause)
+
+    def noun_of_scratch(self, header: SnapshotHeader) -> str:
+        """What a person calls the file that the clusters of the snapshot are saved in."""
+        del header
+        return "scratch"
 
     def _clear_away(self, path: Path, header: SnapshotHeader) -> None:
         try:
@@ -255,8 +285,8 @@ class SnapshotStore:
             UsageError: a name cannot be stored. ConflictError, NotFoundError, DeviceError: a file cannot be
             made; nothing is left.
         """
-        own_id = uuid.uuid4()
-        stem = _stem(new.node, new.name)
+        own_id = new.own_id
+        stem = stem_of(new.node, new.name)
         place = Path(os.path.abspath(new.place))
         scratch_path = place / f"{stem}.{own_id.hex}{SCRATCH_SUFFIX}" if place.is_dir() else place
         check_storable(new.node, new.name, str(scratch_path))
@@ -270,14 +300,17 @@ class SnapshotStore:
             new.scratch_bytes_max,
             new.on_cbw_error,
             new.cbw_timeout_s,
-            SnapshotFlags.IN_USE,
+            SnapshotFlags.IN_USE | (SnapshotFlags.TARGET if new.is_target else SnapshotFlags(0)),
             boot_id=self._boot_id,
             alive_ns=self._now_ns(),
         )
         file = self._create_sidecar(stem, header)
         try:
             copies = FrozenCopies.create(file.path, header, new.bitmaps)
-            fd = create_scratch_file(scratch_path, identity.size)
+            if new.held_fd is None:
+                fd = create_scratch_file(scratch_path, identity.size)
+            else:
+                fd = os.dup(new.held_fd)
         except BaseException:
             with suppress(OSError):
                 remove_copies(file.path)
@@ -287,7 +320,8 @@ class SnapshotStore:
         reach("snapshot.create.scratch")
         file.write_header(replace(header, scratch=scratch_identity(str(scratch_path), os.fstat(fd))))
         reach("snapshot.create.known")
-        file.access().set_all()
+        if new.access_all:
+            file.access().set_all()
         reach("snapshot.create.made")
         snapshot = self._use(file, fd, copies)
         logger.debug("snapshot %s has its scratch in %s", header.export_name, scratch_path)
@@ -322,9 +356,12 @@ class SnapshotStore:
         loaded: list[StoredSnapshot] = []
         try:
             for header in sorted(wanted, key=lambda header: header.created):
-                snapshot = self._load(self.at_rest[header.export_name].path, identity)
-                if snapshot is not None:
+                snapshot = self.take(header.export_name, identity)
+                if isinstance(snapshot, StoredSnapshot):
                     loaded.append(snapshot)
+                    _ = snapshot.scratch  # made here, in a thread
+                else:
+                    self._tell(snapshot)
         except OSError:
             for snapshot in loaded:
                 with suppress(OSError):
@@ -333,18 +370,26 @@ class SnapshotStore:
             raise
         return loaded
 
-    def _load(self, path: Path, identity: SourceIdentity) -> StoredSnapshot | None:
+    def take(self, export_name: str, identity: SourceIdentity) -> StoredSnapshot | SnapshotAtRest:
+        """Take the one at rest of that name into use, or let it be broken, for good, and at rest.
+
+        Raises:
+            DeviceError: its sidecar cannot be read or written; it is as it was.
+        """
+        path = self.at_rest[export_name].path
         file = SnapshotFile.open(path)
         fd = -1
         try:
             header = file.header
             reason = self._doubt(file, identity)
             if not reason:
-                fd, reason = open_stored_scratch(header, header.boot_id == self._boot_id)
+                fd, reason = open_stored_scratch(
+                    header, header.boot_id == self._boot_id, self.noun_of_scratch(header)
+                )
             if reason:
-                self._break(file, reason)
+                broken = self._break(file, reason)
                 file.close()
-                return None
+                return broken
             flags = header.flags | SnapshotFlags.IN_USE
             header = replace(
                 header, identity=identity, flags=flags, boot_id=self._boot_id, alive_ns=self._now_ns()
@@ -358,29 +403,23 @@ class SnapshotStore:
             file.close()
             raise failed(error, f"cannot use snapshot file {path}") from error
         del self.at_rest[header.export_name]
-        snapshot = self._use(file, fd, FrozenCopies.load(path, header))
-        snapshot.scratch.count(stored_clusters(fd, header))
-        return snapshot
+        return self._use(file, fd, FrozenCopies.load(path, header))
 
     def _use(self, file: SnapshotFile, fd: int, copies: FrozenCopies) -> StoredSnapshot:
         """Takes over `fd`."""
-        header = file.header
-        title = f"scratch of {header.export_name}"
-        device = FileDevice(os.dup(fd), title, header.identity.size)
-        scratch = Scratch(device, header.cluster_bytes, header.scratch_bytes_max, title)
-        snapshot = StoredSnapshot(file, scratch, fd, copies)
+        snapshot = StoredSnapshot(file, fd, copies)
         self._in_use.add(snapshot)
         return snapshot
 
-    def _break(self, file: SnapshotFile, reason: str) -> None:
+    def _break(self, file: SnapshotFile, reason: str) -> SnapshotAtRest:
         header = file.header
-        logger.error("snapshot %s is broken: %s", header.export_name, reason)
         # For good: from now on the source changes and nobody saves for this snapshot what was there.
         file.write_header(replace(header, broken=cut(reason, REASON_BYTES_MAX)), sync=True)
         reach("snapshot.load.broken")
         free_scratch(header)
         found = SnapshotAtRest(file.path, header.export_name, reason, file.header)
         self.at_rest[header.export_name] = found
+        return found
 
     def _doubt(self, file: SnapshotFile, identity: SourceIdentity) -> str:
         """Why source and maps may not be what they were; "" if they are."""
@@ -440,7 +479,7 @@ class SnapshotStore:
             snapshot.file.write_sign_of_life(now_ns)
 
 
-def _stem(node: str, name: str) -> str:
+def stem_of(node: str, name: str) -> str:
     """A file name that people recognise, and that no other snapshot has."""
     quoted = [quote(part, safe=" ") for part in (node, name)]
     if max(map(len, quoted)) <= NAME_PART_BYTES_MAX:

@@ -1,10 +1,12 @@
 """The scratch file of a stored snapshot: whether it is still that, and what becomes of it.
 
-The sidecar says where it is and which file; whatever else is found in its place is left alone.
+The sidecar says where it is and which file; whatever else is found in its place is left alone. A backup's
+target that stands in for scratch is not freed or removed here.
 """
 
 import logging
 import os
+import stat
 from pathlib import Path
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
@@ -20,32 +22,44 @@ SCRATCH_SUFFIX = ".scratch"
 
 def scratch_identity(path: str, status: os.stat_result) -> ScratchIdentity:
     """Of the file at `path`, as it is now."""
-    return ScratchIdentity(path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+    return ScratchIdentity(path, device, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def open_stored_scratch(header: SnapshotHeader, same_boot: bool) -> tuple[int, str]:
-    """The scratch of `header`, open, and ""; or -1 and why it cannot be used."""
-    expected = header.scratch
+def open_stored_scratch(header: SnapshotHeader, same_boot: bool, noun: str = "scratch") -> tuple[int, str]:
+    """The scratch of `header`, which a person calls `noun`, open, and ""; or -1 and why it cannot be used."""
+    path = header.scratch.path
+    # A user may have named a target by a link.
+    nofollow = 0 if SnapshotFlags.TARGET in header.flags else os.O_NOFOLLOW
     try:
-        fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | nofollow)
     except OSError as error:
-        return -1, f"its scratch {expected.path} cannot be opened: {error.strerror}"
-    status = os.fstat(fd)
-    reason = ""
-    if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
-        reason = f"its scratch {expected.path} is another file"
-    elif status.st_size != header.identity.size:
-        reason = f"its scratch {expected.path} was {header.identity.size} bytes long, and is {status.st_size}"
-    elif SnapshotFlags.IN_USE not in header.flags and (
-        (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns)
-    ):
-        reason = f"its scratch {expected.path} was changed while no server used it"
-    elif SnapshotFlags.IN_USE in header.flags and _was_changed_after(fd, status, header.alive_ns):
-        reason = f"its scratch {expected.path} was changed after the server that used it had died"
-    if reason:
+        return -1, f"its {noun} {path} cannot be opened: {error.strerror}"
+    doubt = _doubt(header, fd, same_boot)
+    if doubt:
         os.close(fd)
-        return -1, reason
+        return -1, f"its {noun} {path} {doubt}"
     return fd, ""
+
+
+def _doubt(header: SnapshotHeader, fd: int, same_boot: bool) -> str:
+    """What is wrong with the scratch, open as `fd`; "" if nothing is."""
+    status = os.fstat(fd)
+    expected, size = header.scratch, header.identity.size
+    if stat.S_ISBLK(status.st_mode):
+        if not same_boot:
+            return "is a block device, which may be another one since the machine was restarted"
+        return "" if status.st_rdev == expected.device else "is another block device"
+    if status.st_ino != expected.inode or (same_boot and status.st_dev != expected.device):
+        return "is another file"
+    if status.st_size != size:
+        return f"was {size} bytes long, and is {status.st_size}"
+    if SnapshotFlags.IN_USE in header.flags:
+        is_later = _was_changed_after(fd, status, header.alive_ns)
+        return "was changed after the server that used it had died" if is_later else ""
+    if (status.st_mtime_ns, status.st_ctime_ns) != (expected.mtime_ns, expected.ctime_ns):
+        return "was changed while no server used it"
+    return ""
 
 
 def _was_changed_after(fd: int, status: os.stat_result, alive_ns: int) -> bool:
@@ -68,6 +82,8 @@ def remove_scratch(header: SnapshotHeader) -> None:
         OSError: it cannot be removed.
     """
     path = Path(header.scratch.path)
+    if SnapshotFlags.TARGET in header.flags:
+        return
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -82,6 +98,8 @@ def remove_scratch(header: SnapshotHeader) -> None:
 def free_scratch(header: SnapshotHeader) -> None:
     """Give back what the scratch of a broken snapshot takes, if it is surely that. Never fails."""
     expected = header.scratch
+    if SnapshotFlags.TARGET in header.flags:
+        return
     try:
         fd = os.open(expected.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

@@ -9,6 +9,8 @@ Two shapes, one engine. In both, the job drives a BlockCopy over every cluster t
 
 With sync=none, which is always direct, the clients' writes do all the copying.
 
+A job that outlives its process is a KeptBackup (job/kept_backup.py).
+
 Invariant 5: a job that succeeds has copied every cluster that was wanted. Workers take each once, in
 order; the sweep at the end finds any whose copy failed in somebody else's hands.
 """
@@ -23,6 +25,7 @@ from typing import TypeVar
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node, drained
+from nbdbackup.crash_points import reach
 from nbdbackup.errors import ConflictError, CopyError, Side, UsageError
 from nbdbackup.extents import Allocation, Extent
 from nbdbackup.fleece.block_copy import CHUNK_BYTES_MAX, CLUSTER_BYTES_DEFAULT, BlockCopy
@@ -130,9 +133,12 @@ class BackupJob(Job):
         `frozen` is the bitmap of the backup, the job's from now on. `unexpected` is what is wanted beside
         what was expected; None: `frozen` says what is.
         """
-        below = self.node.child
-        self._want(frozen, below, unexpected)
-        self._filter = CopyBeforeWrite(
+        self._want(frozen, self.node.child, unexpected)
+        self._filter = self._push_filter()
+
+    def _push_filter(self) -> CopyBeforeWrite:
+        below = self._copy.source = self.node.child
+        pushed = CopyBeforeWrite(
             below,
             self._copy,
             title=f"backup {self.id} of {self.node}",
@@ -140,7 +146,8 @@ class BackupJob(Job):
             cbw_timeout_s=self.options.cbw_timeout_s,
             on_broken=lambda cause: self._broken.set(),
         )
-        self.node.push(self._filter)
+        self.node.push(pushed)
+        return pushed
 
     def hold_fleecing(
         self,
@@ -155,11 +162,15 @@ class BackupJob(Job):
         """
         assert self.options.sync is not SyncMode.NONE
         self._want(frozen, snapshot.access, unexpected)
-        self._snapshot = snapshot
+        self._use_snapshot(snapshot)
         if self.options.sync.copies_dirty and unexpected is None:
             snapshot.block_copy.want(self._copy.dirty.copy())
         for area in unexpected or ():
             snapshot.block_copy.want_more(area)
+
+    def _use_snapshot(self, snapshot: Snapshot) -> None:
+        self._copy.source = snapshot.access
+        self._snapshot = snapshot
         snapshot.block_copy.skip_unallocated = self._copy.skip_unallocated
 
     def let_go(self) -> None:
@@ -206,23 +217,29 @@ class BackupJob(Job):
             # Not before the workers have ended: one may be in it.
             await self._steps.aclose()
         self._check_whole()
+        reach("job.finish.copied")
 
     async def prepare(self) -> None:
         self._check_whole()
         await self._let_go()
         await self._settle_source()
+        reach("job.finish.let-go")
         await self.target.complete()
+        reach("job.finish.complete")
 
     async def commit(self) -> None:
         if self._frozen is not None:
             self._frozen.succeed()
+        reach("job.finish.committed")
 
     async def abort(self) -> None:
         try:
             await self._let_go()
         finally:
             await self._settle_bitmap_after_failure()
+        reach("job.abort.let-go")
         await self.target.discard()
+        reach("job.abort.discarded")
 
     async def clean(self) -> None:
         await self._copy.close()
@@ -256,10 +273,15 @@ class BackupJob(Job):
 
     async def _work_steps(self) -> None:
         with self.worker():
+            await self.pause_point()
             while (run := await self._next_step()) is not None:
                 await self._copy_step(run)
-                if self._snapshot is not None or self.options.discard_source:
-                    await self._copy.source.trim(run.offset, run.length)
+                await self._give_back(run)
+
+    async def _give_back(self, run: Extent) -> None:
+        """`run` was copied: give up in the source what the backup alone needed."""
+        if self._snapshot is not None or self.options.discard_source:
+            await self._copy.source.trim(run.offset, run.length)
 
     async def _sweep(self) -> None:
         everything = Extent(0, self._copy.size)
@@ -293,6 +315,7 @@ class BackupJob(Job):
         failures = 0
         while True:
             try:
+                await self._reach_target()
                 return await step()
             except CopyError as error:
                 failure = error
@@ -302,6 +325,9 @@ class BackupJob(Job):
             self._check_whole()
             failures += 1
             await self.settle_error(failure, failures)
+
+    async def _reach_target(self) -> None:
+        """Before each step. Raises CopyError if it would fail anyway."""
 
     # What is copied, in which order.
 
@@ -351,6 +377,7 @@ class BackupJob(Job):
         for extent in known:
             if extent.flags & Allocation.ZERO:
                 await self._copy_zeroes(Extent(position, extent.length))
+                self._note_zeroes(Extent(position, extent.length))
             position += extent.length
         return Extent(area.offset, position - area.offset)
 
@@ -364,6 +391,9 @@ class BackupJob(Job):
         await self._copy.copy_zeroes(area)
         # Nothing was read or written: a hole of 1 TiB must not hold up what follows it for days.
         self.account(before - self.current_progress)
+
+    def _note_zeroes(self, area: Extent) -> None:
+        """What was to be copied of the whole clusters of `area` was zero, and is so in the target."""
 
     def _note_copied(self, length: int) -> None:
         self.progress_add(length)

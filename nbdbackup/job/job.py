@@ -5,6 +5,7 @@ of one job, whatever happens on the way:
 
     run -> prepare -> commit -> clean      it succeeded
     run -> [prepare] -> abort -> clean     it failed, or was cancelled
+    run -> [prepare] ->                    it was left, as the process ends: a later one goes on with it
 
 `run` and `prepare` can be cancelled at any await. `commit`, `abort` and `clean` always run to
 their ends, also when the whole daemon is being torn down around them. Jobs of one `JobTransaction`
@@ -31,6 +32,7 @@ from nbdbackup.job.failures import describe, failure_in
 from nbdbackup.job.pace import Pace
 from nbdbackup.job.rate_limit import RateLimit
 from nbdbackup.job.states import TRANSITIONS, VERBS, JobStatus, JobVerb
+from nbdbackup.job.to_the_end import to_the_end
 from nbdbackup.job.transaction import JobTransaction
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,10 @@ class Job(ABC):
         self.io_status = IoStatus.OK
         self.source_errors_ignored = 0
         self._pace = Pace(RateLimit(speed, clock), self._note_rest)
+        self.paused_because = ""
+        """Why it is paused, if no user asked for that."""
         self._cancel_asked = False
+        self._is_left = False
         self._concluded = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         """The task inside `_work`, the stretch that a cancel may interrupt."""
@@ -146,7 +151,7 @@ class Job(ABC):
         Raises:
             CopyError: `error`: the job is to fail.
         """
-        action = self._policies.action(error)
+        action = self.action_for(error)
         if action is ErrorAction.REPORT:
             raise error
         if action is ErrorAction.IGNORE:
@@ -156,9 +161,14 @@ class Job(ABC):
         elif self.io_status is IoStatus.OK:
             self.report_error(error.side, action)
             self.io_status = IoStatus.of(error.errno)
+            self.paused_because = str(error)
             self._pace.pause_asked = True
             self._pace.kick()
         await self.pause_point()
+
+    def action_for(self, error: CopyError) -> ErrorAction:
+        """What is to be done about `error`: what the user chose, unless a subclass knows better."""
+        return self._policies.action(error)
 
     def account(self, length: int) -> None:
         """Count `length` bytes against the rate limit without waiting: a client had them copied."""
@@ -198,15 +208,40 @@ class Job(ABC):
     @property
     def is_cancellable(self) -> bool:
         """Whether `cancel` would be accepted."""
-        return self.status in VERBS[JobVerb.CANCEL] and not self._is_committing
+        return self.status in VERBS[JobVerb.CANCEL] and not self._is_committing and not self._is_left
 
     @property
     def is_cancelled(self) -> bool:
         """Whether the job was told to cancel."""
         return self._cancel_asked
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the job outlives the process."""
+        return False
+
+    @property
+    def can_be_left(self) -> bool:
+        """Whether `leave` would be accepted; only a job that is kept on disk can be left."""
+        return False
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the job was left for a later process."""
+        return self._is_left
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job is over and cleaned up, or was left."""
+        return self._concluded.is_set()
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether the job has succeeded, and cannot be stopped any more."""
+        return self._is_committing
+
     async def wait_concluded(self) -> None:
-        """Return when the job is over and cleaned up; `error` is None if it succeeded."""
+        """Return when the job is over and cleaned up, or was left; `error` is None if it succeeded."""
         await self._concluded.wait()
 
     # Verbs: what a user may tell the job.
@@ -219,15 +254,28 @@ class Job(ABC):
         self._check_verb(JobVerb.CANCEL)
         if self._is_committing:
             raise ConflictError(f"Job '{self.id}' has succeeded already and is being finalized")
+        if self._is_left:
+            raise ConflictError(f"Job '{self.id}' is being left for the next server: cancel it there")
         if self._cancel_asked:
             return
         self._cancel()
 
-    def pause(self) -> None:
-        """Come to rest at the next pause point; work in flight ends first."""
+    def leave(self) -> None:
+        """Stop working, undo nothing and tell nobody: the process ends, and a later one goes on.
+
+        Only if `can_be_left`; `wait_concluded` tells when it has stopped.
+        """
+        assert self.can_be_left
+        self._is_left = True
+        if self._driver is not None:
+            self._driver.cancel()
+
+    def pause(self, because: str = "") -> None:
+        """Come to rest at the next pause point; work in flight ends first. `because`: if no user asks."""
         self._check_verb(JobVerb.PAUSE)
         if self._pace.pause_asked:
             raise ConflictError("Job is already paused")
+        self.paused_because = because
         self._pace.pause_asked = True
         self._pace.kick()
 
@@ -237,6 +285,7 @@ class Job(ABC):
             raise ConflictError("Can't resume a job that was not paused")
         self._check_verb(JobVerb.RESUME)
         self.io_status = IoStatus.OK
+        self.paused_because = ""
         self._pace.pause_asked = False
         self._leave_pause()
         self._pace.kick()
@@ -329,7 +378,10 @@ class Job(ABC):
             succeeded = await self._works()
         except asyncio.CancelledError as error:
             torn_down, succeeded = error, False
-        await _to_the_end(self._settle(succeeded))
+        if self._is_left:
+            self._concluded.set()
+        else:
+            await to_the_end(self._settle(succeeded))
         if torn_down is not None:
             raise torn_down
 
@@ -342,22 +394,25 @@ class Job(ABC):
         """
         if self._cancel_asked:
             self.error = CANCELLED_TEXT
+        if self._cancel_asked or self._is_left:
             return False
         self._driver = asyncio.current_task()
         try:
             await self._work()
         except asyncio.CancelledError:
-            if not self._cancel_asked:
-                self._cancel_asked = True
-                self.error = CANCELLED_TEXT
+            if not self._cancel_asked and not self._is_left:
+                self._is_left = self.can_be_left
+                self._cancel_asked = not self._is_left
+                self.error = None if self._is_left else CANCELLED_TEXT
                 raise
         except Exception as error:
+            self._is_left = False
             self._note_failure(error)
         finally:
             self._driver = None
         if self._cancel_asked:
             self.error = CANCELLED_TEXT
-        return self.error is None
+        return self.error is None and not self._is_left
 
     async def _work(self) -> None:
         await self.run()
@@ -434,6 +489,8 @@ class Job(ABC):
 
     def _note_rest(self, resting: bool) -> None:
         """Make `status` true again after a worker came to rest, went on or left."""
+        if self._is_left:
+            return
         if not resting:
             self._leave_pause()
         elif self.status is JobStatus.RUNNING:
@@ -446,20 +503,6 @@ class Job(ABC):
             self._enter(JobStatus.RUNNING)
         elif self.status is JobStatus.STANDBY:
             self._enter(JobStatus.READY)
-
-
-async def _to_the_end(work: Awaitable[None]) -> None:
-    """Await `work` to its end however often this task is cancelled; then let the cancel through."""
-    task = asyncio.ensure_future(work)
-    torn_down: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            torn_down = error
-    task.result()
-    if torn_down is not None:
-        raise torn_down
 
 
 def _refuse_speed() -> NoReturn:

@@ -25,6 +25,8 @@ class JobRegistry:
         self._jobs: dict[str, Job] = {}
         self._listeners: list[Listener] = []
         self._next_number = 1
+        self.is_reserved: Callable[[str], bool] = lambda _: False
+        """Whether a job of that id waits for its node, and will be one of these when there is that."""
         self._is_closing = False
 
     def __iter__(self) -> Iterator[Job]:
@@ -38,28 +40,34 @@ class JobRegistry:
             UsageError: it is not well-formed.
             ConflictError: there is such a job, there are too many jobs, or the daemon is leaving.
         """
+        if requested is not None:
+            self._check(requested)
+            if self.is_reserved(requested):
+                raise _in_use(requested)
+            return requested
+        while (generated := f"backup-{self._next_number}") in self._jobs or self.is_reserved(generated):
+            self._next_number += 1
+        self._next_number += 1
+        self._check(generated)
+        return generated
+
+    def _check(self, job_id: str) -> None:
         if self._is_closing:
             raise ConflictError("The server is shutting down; no job can be started")
         if len(self._jobs) >= JOBS_MAX:
             raise ConflictError(f"There are {JOBS_MAX} jobs already; dismiss some (job-dismiss)")
-        if requested is None:
-            while (generated := f"backup-{self._next_number}") in self._jobs:
-                self._next_number += 1
-            self._next_number += 1
-            return generated
-        if not _WELL_FORMED.fullmatch(requested):
-            raise UsageError(f"Invalid job ID '{requested}'")
-        if requested in self._jobs:
-            raise ConflictError(f"Job ID '{requested}' already in use")
-        return requested
+        if not _WELL_FORMED.fullmatch(job_id):
+            raise UsageError(f"Invalid job ID '{job_id}'")
+        if job_id in self._jobs:
+            raise _in_use(job_id)
 
     def add(self, job: Job) -> None:
-        """List `job` as created. `start` or `discard` must follow.
+        """List `job` as created, reserved or not. `start` or `discard` must follow.
 
         Raises:
             UsageError, ConflictError: as `new_id`.
         """
-        self.new_id(job.id)
+        self._check(job.id)
         self._jobs[job.id] = job
         job.attach(self._publish, self._spawn, self._forget)
 
@@ -87,6 +95,13 @@ class JobRegistry:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    async def end_all(self) -> None:
+        """As `cancel_all`, but those jobs that a later process can go on with are left for it."""
+        for job in self._jobs.values():
+            if job.can_be_left:
+                job.leave()
+        await self.cancel_all()
+
     async def cancel_all(self) -> None:
         """Accept no more jobs, cancel what can be cancelled, and return when every job is over and gone."""
         self._is_closing = True
@@ -110,3 +125,7 @@ class JobRegistry:
 
     def _forget(self, job: Job) -> None:
         del self._jobs[job.id]
+
+
+def _in_use(job_id: str) -> ConflictError:
+    return ConflictError(f"Job ID '{job_id}' already in use")

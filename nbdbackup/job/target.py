@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from nbdbackup.block.absent import AbsentDevice
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.file import FileDevice
@@ -72,6 +73,33 @@ class ExistingTarget(Target):
             self._users.remove(BACKUP_USER)
 
 
+class RemoteTarget(ExistingTarget):
+    """The export at `uri`, of `size` bytes; it may be gone, and be connected to again."""
+
+    def __init__(self, uri: str, size: int, remote: RemoteOptions | None, device: BlockDevice | None) -> None:
+        """`device` is connected to it, and this object's to close; None: nobody has connected yet."""
+        super().__init__(device or AbsentDevice(uri, size))
+        self._uri = uri
+        self._remote = remote
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no connection, nor an attempt at one."""
+        return isinstance(self.device, AbsentDevice)
+
+    async def reconnect(self) -> None:
+        """Connect anew, whatever the connection is like. Nothing may be in flight.
+
+        What was written and not flushed may be lost.
+
+        Raises:
+            NbdBackupError: it cannot be connected to, or is another disk now; `is_absent` holds then.
+        """
+        before, self.device = self.device, AbsentDevice(self._uri, self.device.size)
+        await before.close()
+        self.device = await _open_existing(self._uri, self.device.size, self._remote)
+
+
 def partial_path(path: str) -> str:
     """Where the backup to be called `path` is made."""
     return f"{path}.partial"
@@ -82,20 +110,23 @@ class NewFileTarget(Target):
 
     zeroed = True
 
-    def __init__(self, path: str, size: int) -> None:
-        """Create `path`.partial; blocks as open(2) does.
+    def __init__(self, path: str, size: int, *, begun: bool = False) -> None:
+        """Create `path`.partial, or open the one that was `begun`; blocks as open(2) does.
 
         Raises:
             ConflictError: `path`, or `path`.partial, exists. NotFoundError: there is no such directory.
-            DeviceError: it can't be created.
+            DeviceError: it can't be created, or opened.
         """
         self.path = path
         self.partial = partial_path(path)
+        self._executor = IoExecutor("target", threads_max=1)
+        self._named = False
+        if begun:
+            self.device = FileDevice.open(self.partial)
+            return
         if os.path.lexists(path):
             raise ConflictError(f"{path} exists already: choose another target, or write into it with -n")
         self.device = FileDevice.create(self.partial, size)
-        self._executor = IoExecutor("target", threads_max=1)
-        self._named = False
 
     async def complete(self) -> None:
         await self.device.flush()
@@ -162,13 +193,18 @@ async def open_target(
     """
     if not existing and not is_remote(path):
         return make(path, size)
+    device = await _open_existing(path, size, remote)
+    return RemoteTarget(path, size, remote, device) if is_remote(path) else ExistingTarget(device)
+
+
+async def _open_existing(path: str, size: int, remote: RemoteOptions | None) -> BlockDevice:
     device = await open_device(path, "raw", remote=remote)
     if device.size != size:
         await device.close()
         raise UsageError(
             f"Source and target image have different sizes: {size} and {device.size} bytes ({path})"
         )
-    return ExistingTarget(device)
+    return device
 
 
 def _sync_directory(path: str) -> None:

@@ -137,6 +137,10 @@ def _block_job_info(job: Job) -> dict[str, Json]:
 
 def _with_error(job: Job, info: dict[str, Json]) -> dict[str, Json]:
     """`info`, with what is only told if there is something to tell."""
+    if job.is_kept:
+        info["x-nbdbackup-kept"] = True
+    if job.paused_because:
+        info["x-nbdbackup-paused-because"] = job.paused_because
     if job.source_errors_ignored:
         info["x-nbdbackup-source-errors-ignored"] = job.source_errors_ignored
     return info if job.error is None else info | {"error": job.error}

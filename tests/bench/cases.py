@@ -106,6 +106,11 @@ def _transfers() -> Iterator[Case]:
         contenders = (asleep, QemuNbd(), Nbdkit(), Ours())
         load, where = Transfer(pattern, 4 * KIB, 1), ", our server not polling"
         yield _transfer("polling", load, contenders, pairs, suffix="-nopoll", where=where)
+    plain = Ours(f"{OURS} without uvloop", without_uvloop=True)
+    for pattern in ("randread", "randwrite"):
+        for depth in (1, 16):
+            load, where = Transfer(pattern, 4 * KIB, depth), ", our server without uvloop"
+            yield _transfer("asyncio", load, (plain, Nbdkit(), Ours()), suffix="-asyncio", where=where)
     for pattern in ("read", "write"):
         yield _transfer("large", Transfer(pattern, MIB, 8), pairs=Pairs(expected=SEQUENTIAL[pattern]))
 

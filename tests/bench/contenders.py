@@ -32,6 +32,8 @@ OURS = "nbdbackup"
 UNIX, TCP, TLS = "unix", "tcp", "tls"
 """Transports; TLS is over TCP."""
 BITMAP = "b0"
+UVLOOP = "uvloop"
+"""Among `needs`: not a program, but a package."""
 
 Push = Callable[[Path, bool], None]
 """Copy the disk to a new file, on stable storage when it returns; or, if True, what `BITMAP` says."""
@@ -76,7 +78,7 @@ class Ours:
     """`nbdbackup serve`, with a bitmap and a snapshot as `bitmap` and `snapshot` have their options.
 
     None: there is none; (): there is one, with the defaults. `by_command`: push with `nbdbackup backup`, and
-    not over QMP.
+    not over QMP. `without_uvloop`: on the standard library's event loop, also where uvloop is installed.
     """
 
     name: str = OURS
@@ -85,7 +87,12 @@ class Ours:
     bitmap: tuple[str, ...] | None = None
     snapshot: tuple[str, ...] | None = None
     by_command: bool = False
-    needs: tuple[str, ...] = ()
+    without_uvloop: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Without uvloop it is the same as with it."""
+        return (UVLOOP,) if self.without_uvloop else ()
 
     @contextmanager
     def running(self, room: Room, disk: Path) -> Iterator[Running]:
@@ -95,7 +102,14 @@ class Ours:
         if self.transport == TLS:
             options += ["--tls-creds", str(server_certificates(room.directory))]
         with room.place() as place:
-            server = Server({"disk": disk}, options, unix=unix, tcp=not unix, state_dir=place / "state")
+            server = Server(
+                {"disk": disk},
+                options,
+                unix=unix,
+                tcp=not unix,
+                state_dir=place / "state",
+                environment=_hiding_uvloop(place) if self.without_uvloop else None,
+            )
             started = time.perf_counter()
             with server:
                 start_s = time.perf_counter() - started
@@ -108,6 +122,13 @@ class Ours:
                     uri = uri.replace("nbd:", "nbds:")
                 push = functools.partial(_push_by_command if self.by_command else _push_by_qmp, server)
                 yield Running(uri, view, server.pid, start_s, push)
+
+
+def _hiding_uvloop(place: Path) -> dict[str, str]:
+    """An environment in which Python cannot import uvloop."""
+    (place / "uvloop.py").write_text('raise ImportError("hidden by the bench")\n')
+    paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _push_by_command(server: Server, target: Path, incremental: bool) -> None:

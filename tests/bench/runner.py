@@ -6,13 +6,14 @@ from being measured.
 """
 
 import functools
+import importlib.util
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.bench.cases import Case
-from tests.bench.contenders import Contender
+from tests.bench.contenders import UVLOOP, Contender
 from tests.bench.figures import Raw, Row, compare
 from tests.bench.fio import PATH, has_nbd_engine
 from tests.bench.loads import FIO, Values
@@ -50,7 +51,9 @@ class Results:
 
 
 def is_there(needed: str) -> bool:
-    """Whether a program is, and in fio its nbd engine."""
+    """Whether a program is, in fio its nbd engine, and the package uvloop."""
+    if needed == UVLOOP:
+        return importlib.util.find_spec(UVLOOP) is not None
     return has_nbd_engine() if needed == FIO else shutil.which(needed, path=PATH) is not None
 
 

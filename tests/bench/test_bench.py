@@ -19,7 +19,7 @@ from tests.bench.cases import CASES, Case, select
 from tests.bench.contenders import Running
 from tests.bench.figures import Figure, Pairs, Row, compare, spread
 from tests.bench.fio import Report
-from tests.bench.loads import FIO, Values, latencies_ms
+from tests.bench.loads import FIO, Values, latencies_ms, moment_p99
 from tests.bench.picture import LABELS, VALUES, WIDTH, draw
 from tests.bench.room import CLUSTER, MIB, MeasureFailed, Room, room_in
 from tests.bench.runner import Results, contenders_here, run, turned
@@ -275,6 +275,14 @@ def test_only_latencies_of_the_time_asked_for_count(tmp_path: Path) -> None:
     log = tmp_path / "lat.log"
     log.write_text("999, 1000000, 1, 4096, 0\n1000, 2000000, 1, 4096, 0\n2001, 3000000, 1, 4096, 0\n")
     assert latencies_ms(log, 1.0, 2.0) == [2.0]
+
+
+def test_wait_at_any_moment_is_that_of_the_long_request_that_takes_the_time() -> None:
+    # 1,000 ms of 1,999 are the one long request's: 99 of 100 moments are less than 980.01 ms before an end.
+    assert moment_p99([1.0] * 999 + [1000.0]) == pytest.approx(1000 - 19.99)
+    # Of equal requests, 1 % of the time is the first hundredth of each.
+    assert moment_p99([2.0] * 50) == pytest.approx(1.98)
+    assert moment_p99([5.0]) == pytest.approx(4.95)
 
 
 # What is left behind

@@ -34,6 +34,8 @@ POWER_ONLY = {"bitmap.reclaim.merged"}
 """Steps that there are with `--bitmap-durability power` alone."""
 SLOW = 1 << 20
 """Bytes per second, for a backup that is to be cancelled."""
+LASTING = 1 << 17
+"""For one that is to be interrupted."""
 
 
 def crash_points() -> list[str]:
@@ -99,6 +101,9 @@ def backups(world: World) -> None:
     world.cancel_backup()
     world.start_backup(full=True, speed=SLOW)
     world.cancel_backup()
+    world.start_backup(full=True, scratch=True)
+    world.finish_backup()
+    world.start_backup(full=True, scratch=True, speed=LASTING)
 
 
 Act = Callable[[World], None]
@@ -125,6 +130,7 @@ def die_at(world: World, point: str, number: int) -> bool:
     try:
         world.check()
     except Killed:
+        world.server.process.wait(TIMEOUT_S)
         return True
 
     def story() -> None:

@@ -114,6 +114,7 @@ class Crashes:
             full=self.random.random() < 0.5,
             speed=self.random.choice([0, 8 << 20, 32 << 20]),
             mode=self.random.choice(["", "always"]),
+            scratch=self.random.random() < 0.5,
         )
 
     def _end_backup(self) -> None:

@@ -15,6 +15,7 @@ from tests.conftest import ServeFunction
 from tests.support.disks import MIB, make_disk, sha256
 from tests.support.peers import require, require_root
 from tests.support.processes import attempt, run, wait_until
+from tests.support.pushes import jobs
 from tests.support.raw_client import CMD_FLUSH, CMD_READ, CMD_WRITE, EIO, ENOSPC, RawClient
 from tests.support.server import Server
 
@@ -96,11 +97,10 @@ def test_full_scratch_fails_the_clients_write_when_asked_and_keeps_the_view(
 
 
 def start_backup(server: Server, target: Path, *options: str) -> "subprocess.Popen[str]":
-    """A slow backup whose first bytes have been copied."""
+    """A slow backup whose point in time is taken."""
     command = server.cli_command("backup", "disk", str(target), "-r", "1M", "--job-id", "b", *options)
     backup = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    partial = target.with_name(target.name + ".partial")
-    wait_until(partial.exists, "the backup has begun")
+    wait_until(lambda: "b" in jobs(server), "the backup has begun")
     return backup
 
 

@@ -30,13 +30,15 @@ def leftovers(server: Server) -> list[tuple[str, str]]:
 
 
 def killed_in_a_backup(serve: ServeFunction, disk: Path, state: Path, target: Path) -> Path:
-    """The partial file that a server leaves which is killed in the middle of a backup."""
+    """The partial file of a backup that cannot go on: its server was killed, and its record is gone."""
     server = serve(state_dir=state, disk=disk)
     server.cli("backup", "disk", str(target), "-r", "1M", "--no-wait")
     partial = target.with_name(target.name + ".partial")
     wait_until(lambda: partial.stat().st_blocks > 0, "some clusters in the target")
     assert leftovers(server) == []
     server.kill()
+    for path in (state / "jobs").iterdir():
+        path.unlink()
     return partial
 
 

@@ -8,6 +8,7 @@ between. After each restart `check` sees that
 - a snapshot that was taken shows its point in time, which is one of the disk's contents between the asking
   and the answer; a dropped one is gone;
 - what differs from a backup is dirty in what its bitmap, or its checkpoint and those after it, say;
+- a backup that was interrupted is there, paused, and goes on at its instant or is cancelled;
 - a file that is called TARGET is a whole backup of one instant, and TARGET.partial is a known leftover;
 - there is no file that nobody owns, nothing inconsistent, and after `state clean` no leftover.
 """
@@ -314,7 +315,9 @@ class World:
 
     # Steps: jobs.
 
-    def start_backup(self, *, full: bool, speed: int = 0, mode: str = "") -> Copying | None:
+    def start_backup(
+        self, *, full: bool, speed: int = 0, mode: str = "", scratch: bool = False
+    ) -> Copying | None:
         """A full backup to a new file, or of what COPIED says to `increments`; None if there is one."""
         if self.copying is not None:
             return None
@@ -322,11 +325,13 @@ class World:
         target = self.targets / job if full else self.increments
         since = acknowledged(self.journals)
         more: dict[str, object] = {"sync": "full"}
+        if scratch:
+            more["scratch"] = str(self.server.state_dir / "scratch")
         if not full:
             self.add_bitmap(COPIED)
             mode = mode or "on-success"
             sync = "bitmap" if self.increments_valid else "full"
-            more = {"sync": sync, "bitmap": COPIED, "bitmap_mode": mode, "existing": True}
+            more |= {"sync": sync, "bitmap": COPIED, "bitmap_mode": mode, "existing": True}
         self.copying = Copying(job, target, since)
         answer = self.ask(
             "x-nbdbackup-backup", node="disk", target=str(target), job_id=job, speed=speed, **more
@@ -377,6 +382,7 @@ class World:
         """
         self.qmp = Qmp(self.server)
         try:
+            self._settle_jobs()
             self._check_targets()
             self._check_snapshots()
             self._check_bitmaps()
@@ -384,6 +390,22 @@ class World:
         finally:
             self.qmp.close()
             self.qmp = None
+
+    def _settle_jobs(self) -> None:
+        """A backup that was interrupted is paused at its instant: let it go on, or give it up."""
+        assert self.qmp is not None
+        copying = self.copying
+        for job in self.qmp.ask("query-jobs"):
+            assert copying is not None
+            assert (job["id"], job["status"]) == (copying.job, "paused"), job
+            self.done["interrupted"] += 1
+            if self.random.random() < 0.7:
+                self.speed_up_backup()
+                self.ask("job-resume", id=copying.job)
+                self.finish_backup()
+            else:
+                self.cancel_backup()
+            assert self.copying is None
 
     def _check_targets(self) -> None:
         assert self.qmp is not None
@@ -479,8 +501,8 @@ class World:
         """Everything in the state directory belongs to something that is listed."""
         assert self.qmp is not None
         state = self.server.state_dir
-        assert _names(state) <= {"bitmaps", "lock", "partials", "scratch", "snapshots", "version"}
-        assert _names(state / "partials") == set()
+        assert _names(state) <= {"bitmaps", "jobs", "lock", "partials", "scratch", "snapshots", "version"}
+        assert _names(state / "partials") == _names(state / "jobs") == set()
         listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
         assert isinstance(listed, list)
         bitmaps = {f"disk:{bitmap['name']}.bitmap" for bitmap in listed if "name" in bitmap}
