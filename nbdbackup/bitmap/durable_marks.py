@@ -68,6 +68,17 @@ class DurableMarks:
             self._task = asyncio.create_task(self._run())
         return _shielded(batch.done)
 
+    @property
+    def failure(self) -> DeviceError | None:
+        """Why nothing settles any more."""
+        return self._failure
+
+    def fail(self, error: OSError) -> DeviceError:
+        """The bitmap's file could not be put on disk, for whatever reason: nothing settles any more."""
+        if self._failure is None:
+            self._failure = _explained(error.errno or errno.EIO, error.strerror or str(error))
+        return self._failure
+
     async def close(self) -> None:
         """Wait for the sync under way; nobody may be waiting."""
         while self._task is not None:
@@ -91,11 +102,7 @@ class DurableMarks:
             self._task = None
 
     def _fail(self, number: int, reason: str) -> None:
-        self._failure = DeviceError(
-            number,
-            f"a bitmap cannot be put on disk, and with --bitmap-durability power no write may pass without: "
-            f"{reason}",
-        )
+        self._failure = _explained(number, reason)
         for batch in (self._syncing, self._waiting):
             if batch is not None:
                 self._end(batch)
@@ -108,6 +115,14 @@ class DurableMarks:
             batch.done.set_exception(self._failure)
             # All who waited may be gone; then nobody asks for it.
             batch.done.exception()
+
+
+def _explained(number: int, reason: str) -> DeviceError:
+    return DeviceError(
+        number,
+        "a bitmap cannot be put on disk, and with --bitmap-durability power no write may pass without: "
+        f"{reason}",
+    )
 
 
 async def _shielded(done: "asyncio.Future[None]") -> None:

@@ -21,13 +21,16 @@ nothing is lost.
 
 With `durable`, the same holds for a loss of power: each of these steps is on disk before one that relies on
 it (the event loop waits for that, some milliseconds: they are rare), and marks settle before their writes are
-begun (`DurableMarks`).
+begun (`DurableMarks`). A step that cannot be put there was not taken, and from then on no other is, and no
+write passes: on disk there may be the state before the step or after it, and both are right for what was
+written until then.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from nbdbackup.bitmap.bits import clear_plane
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap, Planes, SavedBits
 from nbdbackup.bitmap.durable_marks import DurableMarks
@@ -109,10 +112,17 @@ class StoredBitmap(DirtyBitmap):
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        if enabled == self._enabled:
+            return
+        header = self.file.header
+        if enabled:
+            # That may be to undo something: should it not reach the disk, no write passes either.
+            with suppress(OSError):
+                self._write(header.flags | HeaderFlags.ENABLED, header.holder)
+        else:
+            self._write(header.flags & ~HeaderFlags.ENABLED, header.holder)
         self._enabled = enabled
         self._choose_plane()
-        flags = self.file.header.flags & ~HeaderFlags.ENABLED
-        self._write(flags | HeaderFlags.ENABLED if enabled else flags, self.file.header.holder)
 
     @property
     def holder(self) -> bytes | None:
@@ -140,25 +150,35 @@ class StoredBitmap(DirtyBitmap):
         self.awaits_holder = False
 
     def reclaim(self) -> None:
-        if self.holder is not None:
-            # First: from now on the planes are not what a holder takes them for.
-            self._write(self.file.header.flags)
-            reach("bitmap.reclaim.not-held")
-        if self.durable:
+        try:
+            if self.holder is not None:
+                # First: from now on the planes are not what a holder takes them for.
+                self._write(self.file.header.flags)
+                reach("bitmap.reclaim.not-held")
+            if self.durable:
+                self._planes.own |= self._planes.spare
+                self._sync()
+                reach("bitmap.reclaim.merged")
+        except OSError:
+            # In the file both planes stay, and both count.
             self._planes.own |= self._planes.spare
-            self.file.sync()
-            reach("bitmap.reclaim.merged")
+            self._planes = Planes(self._planes.own, clear_plane(len(self._planes.own)))
         super().reclaim()
         self.awaits_holder = False
         reach("bitmap.reclaim.cleared")
-        self._write(self.file.header.flags & ~HeaderFlags.BOTH)
+        with suppress(OSError):
+            self._write(self.file.header.flags & ~HeaderFlags.BOTH)
 
     def clear(self) -> SavedBits:
         if self._cleared is not None or not self.count:
             return super().clear()
         self._planes.spare |= self._planes.own
         reach("bitmap.clear.saved")
-        self._write(self.file.header.flags | HeaderFlags.BOTH)
+        try:
+            self._write(self.file.header.flags | HeaderFlags.BOTH)
+        except OSError:
+            self._planes.spare.setall(0)
+            raise
         reach("bitmap.clear.both")
         self._cleared = super().clear()
         reach("bitmap.clear.cleared")
@@ -166,15 +186,18 @@ class StoredBitmap(DirtyBitmap):
 
     def restore(self, saved: SavedBits) -> None:
         super().restore(saved)
-        if self.durable:
-            self.file.sync()
-        reach("bitmap.restore.restored")
-        if saved is self._cleared:
-            self.forget(saved)
+        with suppress(OSError):
+            self._sync()
+            reach("bitmap.restore.restored")
+            if saved is self._cleared:
+                self.forget(saved)
 
     def forget(self, saved: SavedBits) -> None:
-        if saved is self._cleared:
-            self._cleared = None
+        if saved is not self._cleared:
+            return
+        self._cleared = None
+        # If it fails, they are dirty again when the bitmap is loaded.
+        with suppress(OSError):
             self._write(self.file.header.flags & ~HeaderFlags.BOTH)
             reach("bitmap.forget.alone")
             self._planes.spare.setall(0)
@@ -182,14 +205,12 @@ class StoredBitmap(DirtyBitmap):
     def merge(self, sources: Sequence[DirtyBitmap]) -> None:
         super().merge(sources)
         reach("bitmap.merge.merged")
-        if self.durable:
-            self.file.sync()
+        self._sync()
 
     def merge_clusters(self, clusters: ClusterBitmap) -> None:
         super().merge_clusters(clusters)
         reach("bitmap.merge-clusters.merged")
-        if self.durable:
-            self.file.sync()
+        self._sync()
 
     def invalidate(self, reason: str) -> None:
         """Its bits are of no use from now on, and say so also when they are loaded again. Never fails."""
@@ -211,7 +232,29 @@ class StoredBitmap(DirtyBitmap):
             )
 
     def _write(self, flags: HeaderFlags, holder: bytes = NO_HOLDER) -> None:
-        self.file.write_header(replace(self.file.header, flags=flags, holder=holder), sync=self.durable)
+        """Take a step.
+
+        Raises:
+            DeviceError: it cannot be put on disk, and was not taken; nor is any other from now on.
+        """
+        before = self.file.header
+        if self._marks is not None and self._marks.failure is not None:
+            raise self._marks.failure
+        try:
+            self.file.write_header(replace(before, flags=flags, holder=holder), sync=self.durable)
+        except OSError as error:
+            assert self._marks is not None
+            self.file.write_header(before, sync=False)
+            raise self._marks.fail(error) from error
+
+    def _sync(self) -> None:
+        """What was stored is on disk, if it has to be. Raises what `_write` does."""
+        if self._marks is None:
+            return
+        try:
+            self.file.sync()
+        except OSError as error:
+            raise self._marks.fail(error) from error
 
     # Its end.
 

@@ -203,7 +203,7 @@ def _add_state(parser: Parser) -> None:
         help="what persistent bitmaps outlive when the server does not stop cleanly. process (default): "
         "its being killed; when the machine goes down they become inconsistent, and the next backup is a "
         "full one. power: that as well; the first write to each granule after a backup waits for a sync of "
-        "the state directory, and fails if that does",
+        "the state directory, and fails if that does; the disk is flushed before a bitmap forgets anything",
     )
     group.add_argument(
         "--resume-jobs",

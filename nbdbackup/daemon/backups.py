@@ -205,7 +205,15 @@ class BackupAction(Action):
         if self._snapshot is None and self._scratch is not None:
             self._snapshot = make_snapshot_now(self._plan(self._scratch))
         self._in.jobs.add(self.job)
-        # Nothing fails from here on.
+        try:
+            self._hold(bitmap)
+        except BaseException:
+            # The bitmap's file could not be written: nothing else here fails, and nothing comes before it.
+            self._in.jobs.discard(self.job)
+            raise
+
+    def _hold(self, bitmap: DirtyBitmap | None) -> None:
+        """This is the instant: keep the point in time, and `bitmap` as it is."""
         expected = self._wanted is not None and self._wanted.bitmap is bitmap
         unexpected = self._wanted.changes() if self._wanted is not None and expected else None
         frozen = None

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, Freeze
+from nbdbackup.bitmap.file import failed
 from nbdbackup.bitmap.node_bitmaps import check_changeable
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.block.node import Node
@@ -63,15 +64,23 @@ class KeptSnapshot:
         self.bitmap = bitmap
         self.frozen.append(bitmap.frozen_bits())
 
-    def release_bitmap(self, *, pulled: bool) -> None:
-        """Let the bitmap go on: without the bits that were frozen if they were `pulled`, else with them."""
-        if self.bitmap is None:
-            return
+    def release_bitmap(self, *, pulled: bool) -> OSError | None:
+        """Let the bitmap go on: without the bits that were frozen if they were `pulled`, else with them.
+
+        Returns why it goes on with them though they were pulled, if that is so.
+        """
+        bitmap, self.bitmap = self.bitmap, None
+        if bitmap is None:
+            return None
         if pulled:
-            self.bitmap.abdicate()
-        else:
-            self.bitmap.reclaim()
-        self.bitmap = None
+            try:
+                bitmap.abdicate()
+                return None
+            except OSError as error:
+                bitmap.reclaim()
+                return error
+        bitmap.reclaim()
+        return None
 
 
 class Snapshots:
@@ -157,16 +166,22 @@ class Snapshots:
         # No await before all are out of the list and the bitmaps are back: another drop must not find them
         # there, and one that is cut short must leave no bitmap frozen.
         self._ending.update(dict.fromkeys(ending, False))
+        failures = []
         for kept in ending:
             if kept.stored is not None:
                 # Before the filter goes: from then on the source changes unseen.
                 kept.stored.withdraw()
-            kept.release_bitmap(pulled=pulled)
+            failures.append(kept.release_bitmap(pulled=pulled))
             self._hide(kept, "was dropped")
         await self._end(ending)
         for export_name in at_rest:
             assert self.store is not None
             await self.store.remove_at_rest(export_name)
+        for failure in failures:
+            if failure is not None:
+                raise failed(
+                    failure, "the snapshots were dropped, and a bitmap keeps what was pulled as dirty"
+                )
 
     async def _settle_sources(self, exports: Sequence[str]) -> None:
         """What was pulled is on the disk as well, as far as bitmaps shall outlive a loss of power."""
@@ -428,12 +443,13 @@ class TakeSnapshot(Action):
                 {freeze.bitmap.name for freeze in freezes if freeze.plane is not None}
             )
         self._snapshots.graph.check_point_in_time(self._entry.node)
+        if bitmap is not None:
+            # The last thing that can fail: its file.
+            kept.freeze_bitmap(bitmap)
         kept.snapshot.insert()
         reach("snapshot.create.inserted")
         if kept.stored is not None:
             kept.stored.go_live(kept.snapshot.created)
-        if bitmap is not None:
-            kept.freeze_bitmap(bitmap)
 
     def abort(self) -> None:
         kept = self.snapshot

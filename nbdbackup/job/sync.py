@@ -16,6 +16,7 @@ records what clients write.
 Source: QEMU's QMP reference, MirrorSyncMode and BitmapSyncMode; the texts are those that its users know.
 """
 
+import logging
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,6 +25,8 @@ from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import check_no_checkpoint, check_usable
 from nbdbackup.bitmap.stored import StoredBitmap
 from nbdbackup.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 class SyncMode(Enum):
@@ -126,18 +129,26 @@ class FrozenBitmap:
         if self._mode is BitmapSyncMode.NEVER:
             self.thaw()
         else:
-            self._end()
-            self.bitmap.abdicate()
+            self._let_go()
 
     def fail(self, not_copied: ClusterBitmap | None) -> None:
         """The backup failed, and did not copy what is set in `not_copied` (None: nothing of it is left)."""
         if self._mode is BitmapSyncMode.ALWAYS and not_copied is not None:
-            self._end()
-            # First: until the frozen bits go, they have these.
-            self.bitmap.merge_clusters(not_copied)
-            self.bitmap.abdicate()
+            self._let_go(not_copied)
         else:
             self.thaw()
+
+    def _let_go(self, not_copied: ClusterBitmap | None = None) -> None:
+        self._end()
+        try:
+            if not_copied is not None:
+                # First: until the frozen bits go, they have these.
+                self.bitmap.merge_clusters(not_copied)
+            self.bitmap.abdicate()
+        except OSError as error:
+            # That the next backup copies more than it has to does no harm.
+            self.bitmap.reclaim()
+            logger.error("bitmap '%s' keeps what was backed up: %s", self.bitmap, error.strerror or error)
 
     @property
     def durable(self) -> bool:

@@ -7,6 +7,7 @@ write fails, the point in time stays whole.
 import json
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,39 @@ def test_a_full_target_fails_the_backup_with_its_cause_while_a_client_writes(
     assert "push.img" in complaint
     assert list(small.iterdir()) == []
     assert set(write_everything(server)) == {0}
+
+
+def fill(path: Path) -> None:
+    """Leave no room where `path` is."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.root
+def test_no_room_in_the_state_directory_is_one_line_for_each_command_and_leaves_nothing(
+    serve: ServeFunction, small: Path, tmp_path: Path
+) -> None:
+    server = serve(state_dir=small / "state", disk=make_disk(tmp_path / "disk.img", SIZE))
+    server.cli("checkpoint", "create", "disk", "c1")
+    server.cli("snapshot", "drop", "disk@c1")
+    kept = sorted(path for path in (small / "state").rglob("*"))
+    room = small / "filler"
+    fill(room)
+    commands = (
+        ("snapshot", "create", "disk", "--name", "s"),
+        ("checkpoint", "create", "disk", "c2"),
+        ("bitmap", "add", "disk", "b"),
+    )
+    for command in commands:
+        result = server.cli(*command, check=False)
+        assert result.returncode == 1, command
+        assert len(result.stderr.splitlines()) == 1
+        assert NO_ROOM in result.stderr
+        assert sorted(path for path in (small / "state").rglob("*")) == kept
+    assert set(write_everything(server)) == {0}
+    room.unlink()
+    for command in commands:
+        server.cli(*command)
+    # The file system goes before the server that the fixture stops.
+    server.stop()

@@ -470,6 +470,6 @@ def test_no_bit_is_clean_over_changed_data_wherever_the_power_goes(script: list[
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@scripts(examples=150)
+@scripts(examples=60)
 def test_no_bit_is_clean_over_changed_data_in_many_losses_of_power(script: list[Step], seed: int) -> None:
     lose_power(script, seed, share=0.06)

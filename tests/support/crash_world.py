@@ -261,7 +261,7 @@ class World:
             self.claims.pop(name, None)
 
     def pull(self, *, succeeds: bool) -> None:
-        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if there is."""
+        """Back up with the bitmap PULLED, by reading a snapshot: one that a death has left, if any."""
         self.add_bitmap(PULLED)
         holding = [export for export, taken in self.taken.items() if taken.holds == PULLED]
         export = holding[0] if holding else self.take_snapshot(bitmap=PULLED)
@@ -451,10 +451,7 @@ class World:
         """Against the disk as it is."""
         assert self.qmp is not None
         content, chain = self.disk.read_bytes(), self.checkpoints()
-        listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
-        assert isinstance(listed, list)
-        # A successor has no name.
-        bitmaps = {bitmap["name"]: bitmap for bitmap in listed if "name" in bitmap}
+        bitmaps = self._bitmaps()
         assert bitmaps.keys() - {PULLED, COPIED, MERGED} == set(chain)
         assert not [bitmap for bitmap in bitmaps.values() if bitmap.get("inconsistent")]
         held = {taken.holds for taken in self.taken.values()}
@@ -467,6 +464,13 @@ class World:
                 self._check_backup(name, [name], self.claims.get(name), content)
         if COPIED in bitmaps and self.increments_valid:
             self._check_backup(COPIED, [COPIED], self.increments.read_bytes(), content)
+
+    def _bitmaps(self) -> dict[str, dict[str, object]]:
+        """What is listed of each of the disk's; a successor, which has no name, left out."""
+        assert self.qmp is not None
+        listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
+        assert isinstance(listed, list)
+        return {bitmap["name"]: bitmap for bitmap in listed if "name" in bitmap}
 
     def _check_backup(self, name: str, bitmaps: Sequence[str], backup: bytes | None, content: bytes) -> None:
         if backup is None:
@@ -503,9 +507,7 @@ class World:
         state = self.server.state_dir
         assert _names(state) <= {"bitmaps", "jobs", "lock", "partials", "scratch", "snapshots", "version"}
         assert _names(state / "partials") == _names(state / "jobs") == set()
-        listed = self.qmp.ask("query-named-block-nodes")[0].get("dirty-bitmaps", [])
-        assert isinstance(listed, list)
-        bitmaps = {f"disk:{bitmap['name']}.bitmap" for bitmap in listed if "name" in bitmap}
+        bitmaps = {f"disk:{name}.bitmap" for name in self._bitmaps()}
         assert _names(state / "bitmaps") - {"checkpoints.json"} == bitmaps
         sidecars = {name for name in _names(state / "snapshots") if name.endswith(".snapshot")}
         assert sidecars == {f"{export}.snapshot" for export in self.taken}
