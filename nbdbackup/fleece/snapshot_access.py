@@ -84,9 +84,16 @@ class SnapshotAccess(BlockDevice):
         area = Extent(offset, len(buffer))
         self._check_readable(area)
         run, saved = self._next_run(area)
-        if run != area:
-            return False
-        return (self._scratch if saved else self._filter.child).read_nowait(offset, buffer)
+        if run == area:
+            return (self._scratch if saved else self._filter.child).read_nowait(offset, buffer)
+        view = memoryview(buffer)
+        while True:
+            piece = view[run.offset - offset : run.end - offset]
+            if not (self._scratch if saved else self._filter.child).read_nowait(run.offset, piece):
+                return False
+            if run.end == area.end:
+                return True
+            run, saved = self._next_run(Extent(run.end, area.end - run.end))
 
     async def block_status(self, offset: int, length: int) -> list[StatusExtent]:
         area = Extent(offset, length)

@@ -628,12 +628,14 @@ def test_crash_while_a_push_starts_leaves_a_whole_job_or_none(
         restarted(server)
         if point == "job.start.live":
             assert_interrupted(server)
+            finish(server)
         else:
             assert jobs(server) == {}
             assert rest_of(server) == []
             assert not push.partial.exists()
             push.start(server)
-        finish(server)
+            execute(server, "block-job-set-speed", device="j", speed=0)
+            wait_over(server)
         assert push.image.read_bytes() == expected
         assert rest_of(server) == []
         server.stop()

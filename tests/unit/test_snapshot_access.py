@@ -30,17 +30,20 @@ async def test_a_read_puts_together_saved_and_unsaved_pieces() -> None:
     assert await taken.read(5, 0) == b""
 
 
-async def test_the_quick_read_takes_one_piece_and_leaves_the_rest() -> None:
+async def test_the_quick_read_puts_pieces_together_and_leaves_what_has_to_wait() -> None:
     disk = Disk()
     before = disk.content
     taken = await disk.take()
-    await disk.node.write(0, b"x")
-    buffer = bytearray(CLUSTER)
-    for offset in (0, CLUSTER):
+    for number in (0, 3, 4):
+        await disk.node.write(number * CLUSTER, b"x")
+    buffer = bytearray(4 * CLUSTER)
+    for offset in (0, 1, CLUSTER, 3 * CLUSTER, 5 * CLUSTER):
         assert taken.view.read_nowait(offset, buffer)
-        assert bytes(buffer) == before[offset : offset + CLUSTER]
-    assert not taken.view.read_nowait(1, buffer)
+        assert bytes(buffer) == before[offset : offset + len(buffer)]
     assert taken.view.read_nowait(0, bytearray(0))
+    disk.source.kinds.add("read")
+    assert not taken.view.read_nowait(0, buffer)
+    assert taken.view.read_nowait(3 * CLUSTER, memoryview(buffer)[: 2 * CLUSTER])
 
 
 @pytest.mark.parametrize("sparse", [False, True])
