@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from mmap import mmap
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -109,14 +110,16 @@ def is_time_to_measure(number: int) -> bool:
 
 def kept_bytes(thing: object, leaving_out: Iterable[object] = ()) -> int:
     """About how much memory `thing` keeps: all that its attributes lead to, each object once."""
-    seen = {id(other) for other in leaving_out}
+    seen = {id(other.obj if isinstance(other, memoryview) else other) for other in leaving_out}
     total, to_see = 0, [thing]
     while to_see:
         one = to_see.pop()
         if id(one) in seen or isinstance(one, type | Enum) or callable(one):
             continue
         seen.add(id(one))
-        if isinstance(one, bytes | bytearray | memoryview):
+        if isinstance(one, memoryview):
+            to_see.append(one.obj)  # what it keeps, which others may look at as well
+        elif isinstance(one, bytes | bytearray | mmap):
             total += len(one)
         elif isinstance(one, str):
             total += len(one.encode("utf-8", "surrogatepass"))
