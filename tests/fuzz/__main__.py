@@ -50,12 +50,18 @@ def run_engine(target: str, *arguments: str, timeout_s: float) -> "subprocess.Co
     )
 
 
-def fuzz(target: str, seconds: int, finds: Path, failures: Path) -> "subprocess.CompletedProcess[str]":
-    """Fuzz for so long, from the kept corpus and `finds` on; what is new goes to the two directories."""
+def fuzz(
+    target: str, seconds: int, finds: Path, failures: Path, *, seed: int = 0
+) -> "subprocess.CompletedProcess[str]":
+    """Fuzz for so long, from the kept corpus and `finds` on; what is new goes to the two directories.
+
+    `seed`: where chance begins, 0: anywhere.
+    """
     return run_engine(
         target,
         str(finds),
         str(directory_of(target)),
+        f"-seed={seed}",
         f"-max_total_time={seconds}",
         f"-max_len={INPUT_BYTES_MAX}",
         "-len_control=10",
