@@ -228,10 +228,11 @@ class BlockCopy:
         return area
 
     async def close(self) -> None:
-        """Wait for copies in flight and let go of threads and buffers."""
+        """Wait for copies in flight and let go of threads, buffers and maps, which may keep a file open."""
         await self.in_flight.wait_no_conflict(Extent(0, self.size))
         self._offload_executor.shutdown()
         self._buffers.clear()
+        self.access = self.dirty = self.done = ClusterBitmap(self.size, self.cluster_bytes)
 
     # One run: claim, transfer, settle.
 

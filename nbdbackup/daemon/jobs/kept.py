@@ -209,7 +209,6 @@ class KeptJobs:
 
     def note_job(self, job: KeptBackup) -> None:
         """`job` is kept from now on."""
-        self._kept = [kept for kept in self._kept if kept.is_left or not kept.is_over]
         self._kept.append(job)
 
     async def remove(self, kept: KeptJob) -> None:
