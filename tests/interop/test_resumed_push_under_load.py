@@ -38,7 +38,7 @@ def load(server: Server) -> Iterator[None]:
                 "--rw=randwrite",
             ),
             *("--bs=4k", "--iodepth=16", f"--size={SIZE}", "--time_based", "--runtime=600"),
-            *("--randrepeat=0", "--rate_iops=2000"),
+            *("--randrepeat=0", "--rate_iops=2000", "--thread"),
         ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -47,7 +47,8 @@ def load(server: Server) -> Iterator[None]:
     try:
         yield
     finally:
-        fio.terminate()
+        # Asked nicely, it may wait for a server that is gone.
+        fio.kill()
         fio.wait(60)
 
 
