@@ -4,12 +4,12 @@ Offsets and lengths are bytes; ranges are half-open.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import IntFlag
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+
+class Extent(msgspec.Struct, frozen=True, gc=False):
     """`[offset, offset + length)` in bytes."""
 
     offset: int
@@ -53,16 +53,14 @@ class Allocation(IntFlag):
     ZERO = 2
 
 
-@dataclass(frozen=True, slots=True)
-class StatusExtent:
+class StatusExtent(msgspec.Struct, frozen=True, gc=False):
     """`length` bytes that share `flags`; its offset follows from those before it."""
 
     length: int
     flags: Allocation
 
 
-@dataclass(frozen=True, slots=True)
-class ContextExtent:
+class ContextExtent(msgspec.Struct, frozen=True, gc=False):
     """`length` bytes that share `status`, a number whose meaning is its meta context's."""
 
     length: int

@@ -11,15 +11,15 @@ The model is libvirt's.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
+
+import msgspec
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True, eq=False):
     """`bitmap` says what changed from `created` (UTC) to the next checkpoint."""
 
     bitmap: DirtyBitmap

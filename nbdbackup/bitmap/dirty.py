@@ -17,9 +17,10 @@ Source: QEMU's block/dirty-bitmap.c; the terms are the same.
 
 import mmap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
+import msgspec
 from bitarray import bitarray
 
 from nbdbackup.bitmap.bits import clear_plane, rescale
@@ -77,11 +78,10 @@ class Planes:
             self.spare.setall(0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SavedBits:
+class SavedBits(msgspec.Struct, frozen=True, eq=False):
     """A bitmap's own bits as they were: how `clear` and `merge` are undone."""
 
-    bits: bitarray | None = field(repr=False)
+    bits: bitarray | None
     """None: there were none."""
     count: int
 

@@ -17,10 +17,10 @@ import os
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from bitarray import bitarray
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.file_format import (
     PLANES_OFFSET,

@@ -17,9 +17,9 @@ A header of another version is not looked into: only the magic and the version k
 """
 
 import hashlib
-from dataclasses import dataclass
 from enum import IntFlag
 
+import msgspec
 from construct import Bytes, ConstructError, Int32ub, Int64sb, Int64ub, Padded, PascalString, Struct
 
 from nbdbackup.bitmap.identity import SourceIdentity, SourceKind
@@ -89,8 +89,7 @@ class HeaderFlags(IntFlag):
 _ALL_FLAGS = sum(HeaderFlags)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True):
     """What is known of a bitmap besides its bits."""
 
     uuid: bytes

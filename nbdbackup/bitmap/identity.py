@@ -21,8 +21,9 @@ a remote export while the server was away, its bitmaps have to be removed, and i
 Nor is a writer seen who put the clock back, or wrote within the slack after a crash.
 """
 
-from dataclasses import dataclass
 from enum import IntEnum
+
+import msgspec
 
 SIGN_OF_LIFE_SLACK_S = 30
 """A file written this long after the last sign of life of a server that crashed may be its own doing."""
@@ -40,8 +41,7 @@ class SourceKind(IntEnum):
     REMOTE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class SourceIdentity:
+class SourceIdentity(msgspec.Struct, frozen=True):
     """What is known of a source of `size` bytes at one moment; 0 and "" where there is no such thing."""
 
     kind: SourceKind

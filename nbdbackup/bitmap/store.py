@@ -17,9 +17,10 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
+
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.file import BitmapFile, failed, sync_directory
 from nbdbackup.bitmap.file_format import NO_HOLDER, TEXT_BYTES_MAX, Header, HeaderFlags

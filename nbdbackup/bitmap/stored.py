@@ -28,7 +28,8 @@ written until then.
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.bits import clear_plane
 from nbdbackup.bitmap.clusters import ClusterBitmap

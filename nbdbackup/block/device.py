@@ -22,7 +22,8 @@ devices by this class alone. `tests/conformance/` has one suite that every devic
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.extents import Allocation, ContextExtent, StatusExtent
 
@@ -30,8 +31,7 @@ ReadableBuffer = bytes | bytearray | memoryview
 WritableBuffer = bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
+class Features(msgspec.Struct, frozen=True):
     """What a device does more than read and write; set once, when it is opened."""
 
     trim: bool = False

@@ -1,6 +1,6 @@
 """A device that keeps what clients would discard: `discard` of a node, when it is "ignore"."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.filter import FilterDevice

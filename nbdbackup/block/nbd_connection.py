@@ -16,6 +16,8 @@ import ssl
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+import msgspec
+
 from nbdbackup.block.device import ReadableBuffer
 from nbdbackup.block.nbd_tls import ClientTls, reach_tls
 from nbdbackup.errors import NbdBackupError, ProtocolError
@@ -69,8 +71,7 @@ class Operation:
             self.outcome.set_result(outcome)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How long a server may take, in seconds."""
 
     connect_timeout_s: float = 10.0

@@ -13,7 +13,8 @@ With `bytes_max` 0 nothing is kept: then `unsafe` still tells whether a loss wou
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.block.nbd_connection import Operation
 from nbdbackup.extents import Extent
@@ -27,8 +28,7 @@ BATCH_MAX = 32
 _FLAGS_KEPT = ~CommandFlags.FUA & ~CommandFlags.FAST_ZERO
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """A WRITE or WRITE_ZEROES that was acknowledged."""
 
     number: int

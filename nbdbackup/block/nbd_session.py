@@ -28,7 +28,8 @@ import logging
 import os
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from nbdbackup.block.nbd_connection import Connection, Limits, Operation, connect
 from nbdbackup.block.nbd_journal import BYTES_MAX as JOURNAL_BYTES_MAX
@@ -60,8 +61,7 @@ _JOURNALED = frozenset({Command.WRITE, Command.WRITE_ZEROES})
 _NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK})
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteOptions:
+class RemoteOptions(msgspec.Struct, frozen=True):
     """How a remote export is used."""
 
     reconnect_delay_s: float = RECONNECT_DELAY_S
@@ -72,7 +72,7 @@ class RemoteOptions:
     structured_replies: bool = True
     extended_headers: bool = True
     """Whether to ask for them; a server may have less."""
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = msgspec.field(default_factory=Limits)
     journal_bytes_max: int = JOURNAL_BYTES_MAX
 
 

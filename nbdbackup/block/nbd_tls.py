@@ -11,8 +11,9 @@ tls-psk-file=FILE       a key in place of certificates, of the user before the @
 import asyncio
 import socket
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.errors import UsageError
 from nbdbackup.nbd.client_options import OptionExchange
@@ -22,8 +23,7 @@ from nbdbackup.tls.credentials import client_context, client_psk_context
 RECEIVE_BYTES = 4 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class ClientTls:
+class ClientTls(msgspec.Struct, frozen=True):
     """With what to shake hands, and with whom; `hostname` None: whoever has a good certificate."""
 
     context: ssl.SSLContext

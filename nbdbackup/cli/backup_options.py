@@ -3,8 +3,9 @@
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.block.open import is_remote
 from nbdbackup.cli.parser import (
@@ -36,8 +37,7 @@ and so does SIGTERM. The exit status is the job's: 0 complete, 1 failed, 3 compl
 errors of the source that were ignored, 130 interrupted."""
 
 
-@dataclass(frozen=True, slots=True)
-class SyncOptions:
+class SyncOptions(msgspec.Struct, frozen=True):
     """What is copied, and what becomes of the bitmap."""
 
     mode: str = "full"
@@ -45,8 +45,7 @@ class SyncOptions:
     bitmap_mode: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BackupOptions:
+class BackupOptions(msgspec.Struct, frozen=True):
     """What `backup` was told; `target` is absolute, or a URI."""
 
     control: Path

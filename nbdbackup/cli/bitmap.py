@@ -2,8 +2,9 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli.control import CommandError, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
@@ -26,8 +27,7 @@ ACTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ChangeOptions:
+class ChangeOptions(msgspec.Struct, frozen=True):
     """What a verb that changes one bitmap was told: a QMP command and its arguments; `nodes` are in them."""
 
     control: Path
@@ -37,8 +37,7 @@ class ChangeOptions:
     arguments: Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class ListOptions:
+class ListOptions(msgspec.Struct, frozen=True):
     """What `bitmap list` was told; `node` None: all."""
 
     control: Path

@@ -1,8 +1,9 @@
 """`nbdbackup checkpoint create|list|delete`."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli.control import CommandError, check_node, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
@@ -31,8 +32,7 @@ since the one before; if there is none before, it is forgotten. To delete a chec
 there says so, and is no error."""
 
 
-@dataclass(frozen=True, slots=True)
-class ListOptions:
+class ListOptions(msgspec.Struct, frozen=True):
     """What `checkpoint list` was told; `node` None: all."""
 
     control: Path
@@ -40,8 +40,7 @@ class ListOptions:
     node: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteOptions:
+class DeleteOptions(msgspec.Struct, frozen=True):
     """What `checkpoint delete` was told."""
 
     control: Path

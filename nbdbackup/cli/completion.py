@@ -1,14 +1,14 @@
 """`nbdbackup completion`: completion for the shell, made from the parsers themselves."""
 
 import argparse
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.cli.exit_status import ExitStatus
 from nbdbackup.cli.parser import Verbs
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionOptions:
+class CompletionOptions(msgspec.Struct, frozen=True):
     """What `completion` was told."""
 
     shell: str

@@ -21,9 +21,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from nbdbackup.cli.demo_client import DemoClient
@@ -58,8 +58,7 @@ The same with a disk of yours:
   nbdbackup backup disk PUSH.img"""
 
 
-@dataclass(frozen=True, slots=True)
-class DemoOptions:
+class DemoOptions(msgspec.Struct, frozen=True):
     """What `demo` was told."""
 
     verbose: bool

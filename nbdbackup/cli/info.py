@@ -6,7 +6,9 @@ Of an export it prints what nbdinfo prints, in the same words; of a file what qe
 import argparse
 import asyncio
 import os
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nbdbackup.block.nbd_inquiry import describe, list_contexts, list_exports
 from nbdbackup.block.open import is_remote
@@ -44,8 +46,7 @@ _CAN = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class InfoOptions:
+class InfoOptions(msgspec.Struct, frozen=True):
     """What `info` was told; `image` is absolute, or a URI."""
 
     image: str
@@ -54,8 +55,7 @@ class InfoOptions:
     list: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Described:
+class Described(msgspec.Struct, frozen=True):
     """An export of a server, in every respect."""
 
     uri: str

@@ -2,8 +2,9 @@
 
 import argparse
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli import progress
 from nbdbackup.cli.control import CommandError, Control, connected, explained, run_async
@@ -26,8 +27,7 @@ ACTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ActOptions:
+class ActOptions(msgspec.Struct, frozen=True):
     """What a verb that does one thing to one job was told: a QMP command and its arguments."""
 
     control: Path
@@ -37,16 +37,14 @@ class ActOptions:
     arguments: dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class ListOptions:
+class ListOptions(msgspec.Struct, frozen=True):
     """What `job list` was told."""
 
     control: Path
     json: bool
 
 
-@dataclass(frozen=True, slots=True)
-class WatchOptions:
+class WatchOptions(msgspec.Struct, frozen=True):
     """What `job watch` was told; no `job_id` means all jobs that there are."""
 
     control: Path

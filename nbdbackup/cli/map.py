@@ -8,7 +8,8 @@ import argparse
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.nbd import NbdDevice
@@ -30,8 +31,7 @@ offset and length in bytes, and type. With --context, show another meta context 
 export, as 'nbdbackup info' lists them. Nothing is written, and nothing is locked."""
 
 
-@dataclass(frozen=True, slots=True)
-class MapOptions:
+class MapOptions(msgspec.Struct, frozen=True):
     """What `map` was told; `image` is absolute, or a URI. `context` None: the usual one, if it is there."""
 
     image: str
@@ -41,8 +41,7 @@ class MapOptions:
     totals: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Neighbouring bytes of one type."""
 
     area: Extent

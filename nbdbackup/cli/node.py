@@ -1,8 +1,9 @@
 """`nbdbackup node list|info`."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli.control import connected, run_async
 from nbdbackup.cli.exit_status import ExitStatus
@@ -13,8 +14,7 @@ from nbdbackup.cli.sizes import format_size
 from nbdbackup.errors import NotFoundError
 
 
-@dataclass(frozen=True, slots=True)
-class NodeOptions:
+class NodeOptions(msgspec.Struct, frozen=True):
     """What `node list` (`node` is None) or `node info` was told."""
 
     control: Path

@@ -6,9 +6,10 @@ Also what several verbs share: `--control`, `--json`, `-v`, and argument types.
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, TypeAlias, TypeVar
+
+from msgspec.structs import replace
 
 from nbdbackup.cli.sizes import parse_size
 from nbdbackup.errors import UsageError

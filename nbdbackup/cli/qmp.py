@@ -3,8 +3,9 @@
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli.control import CommandError, connected, run_async
 from nbdbackup.cli.exit_status import ExitStatus
@@ -13,8 +14,7 @@ from nbdbackup.cli.parser import Verbs, add_control, control_path
 from nbdbackup.errors import NbdBackupError, UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class QmpOptions:
+class QmpOptions(msgspec.Struct, frozen=True):
     """What `qmp` was told."""
 
     control: Path

@@ -3,8 +3,9 @@
 import argparse
 import asyncio
 import os
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from nbdbackup import daemon
 from nbdbackup.block.open import is_remote

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli.control import CommandError, connected, explained, run_async
 from nbdbackup.cli.exit_status import ExitStatus
@@ -37,8 +38,7 @@ when the snapshot failed. Both run here, in a shell, with NBDBACKUP_NODES set to
 names, separated by spaces; the post-hook has NBDBACKUP_OUTCOME: created or failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class CreateOptions:
+class CreateOptions(msgspec.Struct, frozen=True):
     """What `snapshot create` was told, or `checkpoint create`."""
 
     control: Path
@@ -74,8 +74,7 @@ class CreateOptions:
         return arguments
 
 
-@dataclass(frozen=True, slots=True)
-class DropOptions:
+class DropOptions(msgspec.Struct, frozen=True):
     """What `snapshot drop` was told."""
 
     control: Path
@@ -84,8 +83,7 @@ class DropOptions:
     pulled: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ListOptions:
+class ListOptions(msgspec.Struct, frozen=True):
     """What `snapshot list` was told."""
 
     control: Path

@@ -4,8 +4,9 @@ import argparse
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.cli.control import Control, connected, run_async
 from nbdbackup.cli.exit_status import ExitStatus
@@ -68,8 +69,7 @@ def _add_place(parser: Parser) -> None:
     add_control(parser)
 
 
-@dataclass(frozen=True, slots=True)
-class StateOptions:
+class StateOptions(msgspec.Struct, frozen=True):
     """Which state directory is meant, as far as somebody said so, and how to print."""
 
     control: Path | None
@@ -160,7 +160,7 @@ async def _control(options: StateOptions, stack: AsyncExitStack) -> Control | No
 
 def _print(options: StateOptions, found: Sequence[LeftoverInfo]) -> None:
     if options.as_json:
-        print_json([asdict(info) for info in found])
+        print_json([msgspec.structs.asdict(info) for info in found])
     elif found:
         print_table(
             ("KIND", "SIZE", "PATH", "WHAT"),

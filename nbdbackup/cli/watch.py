@@ -7,9 +7,10 @@ costs one interval, and a lost connection is noticed within one.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from enum import Enum
 
+import msgspec
+from msgspec.structs import replace
 from qemu.qmp import EventListener, Message
 
 from nbdbackup.cli.control import Control
@@ -32,8 +33,7 @@ class Outcome(Enum):
     """It has not ended: the server of its target is gone, and it waits to be resumed."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobEnd:
+class JobEnd(msgspec.Struct, frozen=True):
     """The end of job `job_id`; `done` and `total` are its progress in bytes."""
 
     job_id: str

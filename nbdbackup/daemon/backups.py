@@ -12,9 +12,10 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, WantedClusters
 from nbdbackup.block.executor import IoExecutor
@@ -57,8 +58,7 @@ NODE_NAME_CHARACTERS_MAX = 31
 _NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
+class Surroundings(msgspec.Struct, frozen=True):
     """What a backup is started in. `own_uris` are those that this daemon listens on."""
 
     graph: Graph

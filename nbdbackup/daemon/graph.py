@@ -3,7 +3,8 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node, drained

@@ -14,8 +14,9 @@ files while there are jobs that may be.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.bitmap.file import failed
 from nbdbackup.daemon.bitmaps import Bitmaps
@@ -31,8 +32,7 @@ BLOCK_BYTES = 512
 """The unit of `st_blocks`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(msgspec.Struct, frozen=True):
     """`export` is the snapshot's, if it is one, or what a job's sidecar is called."""
 
     kind: str

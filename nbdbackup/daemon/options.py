@@ -1,7 +1,8 @@
 """Everything that `nbdbackup serve` can be told, as plain data."""
 
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.block.nbd_session import RECONNECT_DELAY_S
 from nbdbackup.server.listener import AddressRange
@@ -11,8 +12,7 @@ STOP_TIMEOUT_S = 60.0
 """Less than service managers wait before they kill."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceSpec:
+class SourceSpec(msgspec.Struct, frozen=True):
     """One disk to serve: the node and export `name`, from `path` (a path or an NBD URI) in `format`."""
 
     name: str
@@ -25,23 +25,20 @@ class SourceSpec:
     """Distinguished names, or names of pre-shared keys: nobody else is shown it; none: all are."""
 
 
-@dataclass(frozen=True, slots=True)
-class TcpAddress:
+class TcpAddress(msgspec.Struct, frozen=True):
     """Listen on `host`:`port`; port 0 picks a free one."""
 
     host: str
     port: int
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(msgspec.Struct, frozen=True):
     """Listen on a Unix socket at `path`."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class TlsOptions:
+class TlsOptions(msgspec.Struct, frozen=True):
     """TLS for clients: with `certificates`, a directory, or with `keys`, a file; one of the two."""
 
     required: bool
@@ -54,8 +51,7 @@ class TlsOptions:
     authorised_file: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class InheritedSocket:
+class InheritedSocket(msgspec.Struct, frozen=True):
     """Listen on a socket that whoever started us has opened as `descriptor`."""
 
     descriptor: int
@@ -63,8 +59,7 @@ class InheritedSocket:
     """What the service manager calls it; for messages."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
+class ServeOptions(msgspec.Struct, frozen=True):
     """Everything that `serve` can be told."""
 
     sources: tuple[SourceSpec, ...]

@@ -14,10 +14,11 @@ import logging
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 from bitarray import bitarray
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.dirty import DirtyBitmap, Planes
 from nbdbackup.bitmap.file import BitmapFile
@@ -30,8 +31,7 @@ logger = logging.getLogger(__name__)
 _NUMBERED = ".bitmap"
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapToCopy:
+class BitmapToCopy(msgspec.Struct, frozen=True):
     """A bitmap of which a new snapshot shall have a copy. `granularity` is in bytes."""
 
     name: str

@@ -7,8 +7,9 @@ may be one of a newer version, or be mended: its scratch is listed as such, and 
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.fleece.snapshot_file import SnapshotFile
 from nbdbackup.fleece.snapshot_store import SUFFIX
@@ -17,8 +18,7 @@ from nbdbackup.fleece.stored_scratch import SCRATCH_SUFFIX
 _NAME = re.compile(rf"(?P<stem>.+)\.(?P<uuid>[0-9a-f]{{32}}){re.escape(SCRATCH_SUFFIX)}")
 
 
-@dataclass(frozen=True, slots=True)
-class LostScratch:
+class LostScratch(msgspec.Struct, frozen=True):
     """A scratch file, and the sidecar that may be its own and cannot be read; None: there is none."""
 
     path: Path

@@ -13,8 +13,9 @@ import mmap
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.file import failed

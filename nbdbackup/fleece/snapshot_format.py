@@ -11,10 +11,10 @@ without the checksum itself. Only the magic and the version keep their places in
 """
 
 import os
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntFlag
 
+import msgspec
 from construct import (
     Bytes,
     ConstructError,
@@ -98,8 +98,7 @@ class SnapshotFlags(IntFlag):
 _ALL_FLAGS = sum(SnapshotFlags)
 
 
-@dataclass(frozen=True, slots=True)
-class ScratchIdentity:
+class ScratchIdentity(msgspec.Struct, frozen=True):
     """Which file the saved clusters are in; the times are those of the clean stop."""
 
     path: str
@@ -114,8 +113,7 @@ class ScratchIdentity:
         return bool(self.inode) and (status.st_dev, status.st_ino) == (self.device, self.inode)
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotHeader:
+class SnapshotHeader(msgspec.Struct, frozen=True):
     """What is known of a snapshot besides its clusters."""
 
     uuid: bytes

@@ -21,11 +21,13 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, unquote
+
+import msgspec
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.file import failed, sync_directory
 from nbdbackup.bitmap.file_format import cut
@@ -61,8 +63,7 @@ NAME_PART_BYTES_MAX = 80
 _WENT_DOWN = "the machine went down while it was in use, and nobody knows what had reached the disk"
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotAtRest:
+class SnapshotAtRest(msgspec.Struct, frozen=True):
     """A snapshot that nobody reads: of a node that is not there, broken, or with a damaged sidecar."""
 
     path: Path
@@ -161,8 +162,7 @@ class StoredSnapshot:
             self.file.close()
 
 
-@dataclass(frozen=True, slots=True)
-class NewSnapshot:
+class NewSnapshot(msgspec.Struct, frozen=True):
     """What a snapshot shall be; `place` is a directory for its scratch, or the new file.
 
     With `held_fd` it is open there, its user's to close, and saved to as it is. If it `is_target` it stays
@@ -180,7 +180,7 @@ class NewSnapshot:
     held_fd: int | None = None
     is_target: bool = False
     access_all: bool = True
-    own_id: uuid.UUID = field(default_factory=uuid.uuid4)
+    own_id: uuid.UUID = msgspec.field(default_factory=uuid.uuid4)
 
 
 class SnapshotStore:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+import msgspec
+
 from nbdbackup.block.executor import IoExecutor
 from nbdbackup.block.node import Node, drained
 from nbdbackup.extents import Extent
@@ -28,8 +30,7 @@ INLINE_CLUSTERS_MAX = 1 << 22
 """The maps of a disk with more clusters are made in a thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotPlan:
+class SnapshotPlan(msgspec.Struct, frozen=True):
     """What a snapshot will be: of `node`, called `name`, with `scratch` open and ready."""
 
     node: Node

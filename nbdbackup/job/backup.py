@@ -19,8 +19,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.block.device import BlockDevice
@@ -47,8 +48,7 @@ AHEAD_BYTES_MAX = 1 << 36
 """The plan looks so far ahead at once; on a disk of many TiB, looking to the end takes too long."""
 
 
-@dataclass(frozen=True, slots=True)
-class BackupOptions:
+class BackupOptions(msgspec.Struct, frozen=True):
     """What can be chosen; `speed` in bytes per second (0: no limit)."""
 
     sync: SyncMode = SyncMode.FULL

@@ -12,8 +12,9 @@ Source: QEMU's BlockdevOnError, BlockErrorAction and BlockDeviceIoStatus.
 """
 
 import errno
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from nbdbackup.errors import CopyError, Side
 
@@ -53,8 +54,7 @@ class IoStatus(Enum):
         return cls.NOSPACE if code == errno.ENOSPC else cls.FAILED
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorPolicies:
+class ErrorPolicies(msgspec.Struct, frozen=True):
     """One choice for each end."""
 
     on_source_error: OnError = OnError.REPORT

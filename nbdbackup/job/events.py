@@ -4,13 +4,13 @@ In the BLOCK_JOB events, `device` is the job's id, as in QEMU.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """One QMP event; the time stamp is added where it leaves."""
 
     name: str
@@ -32,8 +32,7 @@ def block_job_error(job_id: str, operation: str, action: str) -> Event:
     return Event("BLOCK_JOB_ERROR", {"device": job_id, "operation": operation, "action": action})
 
 
-@dataclass(frozen=True, slots=True)
-class JobFigures:
+class JobFigures(msgspec.Struct, frozen=True):
     """The members that BLOCK_JOB_COMPLETED and BLOCK_JOB_CANCELLED share."""
 
     job_id: str

@@ -17,8 +17,9 @@ Source: QEMU's QMP reference, MirrorSyncMode and BitmapSyncMode; the texts are t
 """
 
 import logging
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
@@ -52,8 +53,7 @@ class BitmapSyncMode(Enum):
     ALWAYS = "always"
 
 
-@dataclass(frozen=True, slots=True)
-class Sync:
+class Sync(msgspec.Struct, frozen=True):
     """What was asked for; see `checked`."""
 
     mode: SyncMode = SyncMode.FULL

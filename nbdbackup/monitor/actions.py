@@ -5,8 +5,9 @@ of that one step, and an action that `transaction` combines with others.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.commands import command
@@ -16,8 +17,7 @@ from nbdbackup.monitor.schema import check_value, convert_arguments
 A = TypeVar("A")
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(msgspec.Struct, frozen=True):
     """An action whose arguments are still JSON. `check(arguments, path)` raises QmpError for wrong ones.
 
     `starts_job`: it can be part of a group that completes together.

@@ -5,8 +5,9 @@ services and its arguments, already checked, and returns what `return` will hold
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from nbdbackup.job.events import Json
 from nbdbackup.monitor.context import Services
@@ -17,8 +18,7 @@ A = TypeVar("A")
 Handler = Callable[[Services, A], Awaitable[Json]]
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """A command whose arguments are still JSON."""
 
     name: str

@@ -6,8 +6,9 @@ can cause, with a line for that user, and has then changed nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.errors import NbdBackupError
 from nbdbackup.job.registry import JobRegistry
@@ -30,8 +31,7 @@ class TransactionService(Protocol):
         """A step that fails with `error`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Services:
+class Services(msgspec.Struct, frozen=True):
     """Everything that commands act on."""
 
     jobs: JobRegistry

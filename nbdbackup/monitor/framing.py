@@ -16,8 +16,9 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.job.events import Json
 
@@ -62,8 +63,7 @@ class JsonStreamError(Exception):
         self.fatal = fatal
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
+class _Token(msgspec.Struct, frozen=True):
     kind: str
     text: bytes
 
@@ -154,8 +154,7 @@ class JsonStream:
         self._brackets = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
+class _Value(msgspec.Struct, frozen=True):
     """A complete value, which may well be None."""
 
     value: Json | JsonStreamError

@@ -1,7 +1,8 @@
 """What the commands about backups ask for, and the service that does it."""
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.job.error_policy import REPORT_ERRORS, ErrorPolicies
@@ -9,16 +10,14 @@ from nbdbackup.job.sync import Sync
 from nbdbackup.monitor.steps import Step
 
 
-@dataclass(frozen=True, slots=True)
-class TargetPath:
+class TargetPath(msgspec.Struct, frozen=True):
     """Write the backup to this absolute path: a new file, or `existing` as it is; or to this NBD URI."""
 
     path: str
     existing: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TargetNode:
+class TargetNode(msgspec.Struct, frozen=True):
     """Write the backup to this node."""
 
     node: str
@@ -28,8 +27,7 @@ FULL = Sync()
 """Everything, and no bitmap."""
 
 
-@dataclass(frozen=True, slots=True)
-class BackupRequest:
+class BackupRequest(msgspec.Struct, frozen=True):
     """A backup of `node` as it is now. Sizes are bytes, `speed` is bytes per second (0: no limit)."""
 
     node: str

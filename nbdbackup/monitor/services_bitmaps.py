@@ -1,14 +1,14 @@
 """What the commands about dirty bitmaps ask for, and what they are told."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.monitor.steps import Step
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapAdd:
+class BitmapAdd(msgspec.Struct, frozen=True):
     """A new bitmap of `node`; `granularity` in bytes (None: as the node likes)."""
 
     node: str
@@ -18,24 +18,21 @@ class BitmapAdd:
     enabled: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapRemove:
+class BitmapRemove(msgspec.Struct, frozen=True):
     """Remove the bitmap, and what is stored of it."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapClear:
+class BitmapClear(msgspec.Struct, frozen=True):
     """Nothing is dirty in the bitmap any more."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapEnable:
+class BitmapEnable(msgspec.Struct, frozen=True):
     """Let the bitmap record clients' writes, or (`enabled` False) no longer."""
 
     node: str
@@ -43,8 +40,7 @@ class BitmapEnable:
     enabled: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapMerge:
+class BitmapMerge(msgspec.Struct, frozen=True):
     """What is dirty in one of `sources`, pairs of node and name, is dirty in the bitmap `target` too."""
 
     node: str
@@ -55,8 +51,7 @@ class BitmapMerge:
 BitmapChange = BitmapAdd | BitmapRemove | BitmapClear | BitmapEnable | BitmapMerge
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapInfo:
+class BitmapInfo(msgspec.Struct, frozen=True):
     """A bitmap as it stands. Sizes are bytes."""
 
     name: str | None

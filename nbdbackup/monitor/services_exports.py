@@ -1,14 +1,14 @@
 """Exports and the NBD server's additional listeners, as commands ask for them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.monitor.services_graph import BitmapRef, InetAddress, SocketPath
 
 
-@dataclass(frozen=True, slots=True)
-class ServerRequest:
+class ServerRequest(msgspec.Struct, frozen=True):
     """Listen at `address` as well (port "0": any). `clients_max` 0: no limit; `handshake_s` 0: none."""
 
     address: InetAddress | SocketPath
@@ -16,8 +16,7 @@ class ServerRequest:
     handshake_s: int
 
 
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
+class ExportRequest(msgspec.Struct, frozen=True):
     """Offer the node `node` as the export `name`."""
 
     id: str
@@ -30,8 +29,7 @@ class ExportRequest:
     bitmaps: tuple[str | BitmapRef, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
+class ExportInfo(msgspec.Struct, frozen=True):
     """An NBD export."""
 
     id: str

@@ -1,15 +1,15 @@
 """Nodes as commands describe them and as they are listed, and the service that has them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
+
+import msgspec
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
 from nbdbackup.monitor.services_bitmaps import BitmapInfo
 
 
-@dataclass(frozen=True, slots=True)
-class FileNode:
+class FileNode(msgspec.Struct, frozen=True):
     """A new node `name` on the file or block device `filename`."""
 
     name: str
@@ -24,23 +24,20 @@ class FileNode:
     lock: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class InetAddress:
+class InetAddress(msgspec.Struct, frozen=True):
     """TCP: `host` and `port`, a number or the name of a service."""
 
     host: str
     port: str
 
 
-@dataclass(frozen=True, slots=True)
-class SocketPath:
+class SocketPath(msgspec.Struct, frozen=True):
     """A Unix socket at `path`."""
 
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteNode:
+class RemoteNode(msgspec.Struct, frozen=True):
     """A new node `name` on the export `export` of the NBD server at `address`."""
 
     name: str
@@ -51,8 +48,7 @@ class RemoteNode:
     reconnect_delay_s: float = 0
 
 
-@dataclass(frozen=True, slots=True)
-class NullNode:
+class NullNode(msgspec.Struct, frozen=True):
     """A new node `name` of `size` zero bytes that forgets what is written."""
 
     name: str
@@ -60,8 +56,7 @@ class NullNode:
     read_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RawNode:
+class RawNode(msgspec.Struct, frozen=True):
     """A new node `name` that passes everything on to `child`, or to a part of it."""
 
     name: str
@@ -72,16 +67,14 @@ class RawNode:
     """With both None it is `child` under another name."""
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapRef:
+class BitmapRef(msgspec.Struct, frozen=True):
     """The dirty bitmap `name` of `node`."""
 
     node: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class CopyBeforeWriteNode:
+class CopyBeforeWriteNode(msgspec.Struct, frozen=True):
     """A new node `name`: `file`, whose old contents are saved in `target` from now on before they change."""
 
     name: str
@@ -96,8 +89,7 @@ class CopyBeforeWriteNode:
     read_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotAccessNode:
+class SnapshotAccessNode(msgspec.Struct, frozen=True):
     """A new node `name` that shows the point in time of the copy-before-write node `file`."""
 
     name: str
@@ -114,8 +106,7 @@ NodeRef: TypeAlias = str | NodeDefinition
 """A node that is there, or one to be made, which goes with the one that it is for; "" as its name: any."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeInfo:
+class NodeInfo(msgspec.Struct, frozen=True):
     """A node as it stands. Sizes are bytes."""
 
     name: str

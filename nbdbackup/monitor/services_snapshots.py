@@ -1,15 +1,15 @@
 """What the commands about snapshots and checkpoints ask for, and what they are told."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.fleece.copy_before_write import OnCbwError
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotOptions:
+class SnapshotOptions(msgspec.Struct, frozen=True):
     """How a snapshot is kept."""
 
     name: str | None = None
@@ -26,8 +26,7 @@ class SnapshotOptions:
     """It ends with the server."""
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
+class SnapshotInfo(msgspec.Struct, frozen=True):
     """One point in time, live or broken. Sizes are bytes."""
 
     node: str
@@ -66,8 +65,7 @@ class SnapshotService(Protocol):
         """Every snapshot."""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
+class CheckpointInfo(msgspec.Struct, frozen=True):
     """One checkpoint of one node."""
 
     node: str

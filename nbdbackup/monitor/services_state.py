@@ -1,12 +1,12 @@
 """What the commands about the state directory ask for, and what they are told."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class LeftoverInfo:
+
+class LeftoverInfo(msgspec.Struct, frozen=True):
     """A file that no one of this server needs, and that a server of this state directory made."""
 
     kind: str

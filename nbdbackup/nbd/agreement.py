@@ -4,9 +4,10 @@ Source: the NBD specification, "Handshake phase" and "TLS support".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+
+import msgspec
 
 from nbdbackup.errors import UsageError
 from nbdbackup.nbd.constants import (
@@ -20,8 +21,7 @@ from nbdbackup.nbd.constants import (
 from nbdbackup.nbd.replies import display_text
 
 
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
+class ExportInfo(msgspec.Struct, frozen=True):
     """What is told about one export. Sizes are in bytes.
 
     Raises:
@@ -92,8 +92,7 @@ class ExportCatalog(Protocol):
         """The export called `name`; "" is the default export, whatever its own name is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Negotiated:
+class Negotiated(msgspec.Struct, frozen=True):
     """What holds in the transmission phase."""
 
     export: ExportInfo

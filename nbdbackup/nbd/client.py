@@ -13,7 +13,7 @@ breach is a `ProtocolError`.
 Source: the NBD specification, "Handshake phase"; the messages are those of the server role.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from nbdbackup.errors import NbdBackupError, NotFoundError, ProtocolError
 from nbdbackup.nbd import layout, messages
@@ -37,8 +37,7 @@ SIZE_MAX = (1 << 63) - 1
 """Bytes; no system addresses a larger device."""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteExport:
+class RemoteExport(msgspec.Struct, frozen=True):
     """What a server said about one of its exports. Sizes are in bytes."""
 
     name: str

@@ -15,11 +15,11 @@ Source: the NBD project's doc/proto.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from enum import IntEnum, IntFlag
 from typing import Any, Generic, TypeVar
 
 import construct
+import msgspec
 from construct import (
     Const,
     GreedyBytes,
@@ -57,7 +57,7 @@ from nbdbackup.nbd.constants import (
     TransmissionFlags,
 )
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Code(construct.Adapter):  # type: ignore[misc]
@@ -111,7 +111,7 @@ class Message(Generic[T]):
         self.title = title
         self.record = record
         self.definition = construct.Struct(*(name / subcon for name, subcon in definition.items()))
-        self._names = tuple(field.name for field in fields(record))  # type: ignore[arg-type]
+        self._names = record.__struct_fields__
 
     def parse(self, data: bytes | bytearray | memoryview) -> T:
         """Read the record from the head of `data`.
@@ -158,37 +158,32 @@ _STRING_REST = Text(GreedyBytes)
 # --- Handshake -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(msgspec.Struct, frozen=True):
     """The server's first 18 bytes."""
 
     flags: HandshakeFlags
 
 
-@dataclass(frozen=True, slots=True)
-class GreetingHead:
+class GreetingHead(msgspec.Struct, frozen=True):
     """The first 16 bytes of any server; `second_magic` tells newstyle from oldstyle."""
 
     second_magic: int
 
 
-@dataclass(frozen=True, slots=True)
-class ClientHello:
+class ClientHello(msgspec.Struct, frozen=True):
     """The client's answer to the greeting."""
 
     flags: ClientFlags
 
 
-@dataclass(frozen=True, slots=True)
-class OptionHead:
+class OptionHead(msgspec.Struct, frozen=True):
     """In front of an option's payload of `length` bytes."""
 
     option: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class OptionReplyHead:
+class OptionReplyHead(msgspec.Struct, frozen=True):
     """In front of an option reply's payload of `length` bytes; `option` echoes the client's."""
 
     option: int
@@ -196,69 +191,60 @@ class OptionReplyHead:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class ExportNameReply:
+class ExportNameReply(msgspec.Struct, frozen=True):
     """The whole answer to EXPORT_NAME: size in bytes and flags."""
 
     size: int
     flags: TransmissionFlags
 
 
-@dataclass(frozen=True, slots=True)
-class ExportName:
+class ExportName(msgspec.Struct, frozen=True):
     """Payload of EXPORT_NAME."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ServerEntry:
+class ServerEntry(msgspec.Struct, frozen=True):
     """One export in the answer to LIST."""
 
     name: str
     description: str
 
 
-@dataclass(frozen=True, slots=True)
-class InfoRequest:
+class InfoRequest(msgspec.Struct, frozen=True):
     """Payload of INFO and GO."""
 
     name: str
     types: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class InfoHead:
+class InfoHead(msgspec.Struct, frozen=True):
     """Any payload of an INFO reply; `rest` is for the message of that type."""
 
     type: int
     rest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class InfoExport:
+class InfoExport(msgspec.Struct, frozen=True):
     """Size in bytes and flags of the export."""
 
     size: int
     flags: TransmissionFlags
 
 
-@dataclass(frozen=True, slots=True)
-class InfoName:
+class InfoName(msgspec.Struct, frozen=True):
     """The export's canonical name."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class InfoDescription:
+class InfoDescription(msgspec.Struct, frozen=True):
     """A line for people."""
 
     description: str
 
 
-@dataclass(frozen=True, slots=True)
-class InfoBlockSize:
+class InfoBlockSize(msgspec.Struct, frozen=True):
     """Sizes in bytes; `payload_max` bounds READ and WRITE."""
 
     minimum: int
@@ -266,24 +252,21 @@ class InfoBlockSize:
     payload_max: int
 
 
-@dataclass(frozen=True, slots=True)
-class MetaContextRequest:
+class MetaContextRequest(msgspec.Struct, frozen=True):
     """Payload of LIST_META_CONTEXT and SET_META_CONTEXT."""
 
     name: str
     queries: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MetaContext:
+class MetaContext(msgspec.Struct, frozen=True):
     """One meta context in the answer; `id` is 0 for LIST_META_CONTEXT."""
 
     id: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class OptionErrorText:
+class OptionErrorText(msgspec.Struct, frozen=True):
     """Payload of an option's error reply."""
 
     text: str
@@ -370,8 +353,7 @@ OPTION_ERROR_TEXT = Message("error text of an option", OptionErrorText, text=_ST
 # --- Transmission --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """A request's head; `length` bytes of payload follow a WRITE. Offset and length in bytes."""
 
     flags: CommandFlags
@@ -381,8 +363,7 @@ class Request:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class ExtendedReply:
+class ExtendedReply(msgspec.Struct, frozen=True):
     """Head of one chunk once extended headers were negotiated; `length` bytes of payload follow."""
 
     flags: ReplyFlags
@@ -392,16 +373,14 @@ class ExtendedReply:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class SimpleReply:
+class SimpleReply(msgspec.Struct, frozen=True):
     """A simple reply; the data follows a READ that succeeded (`error` 0)."""
 
     error: int
     cookie: int
 
 
-@dataclass(frozen=True, slots=True)
-class StructuredReply:
+class StructuredReply(msgspec.Struct, frozen=True):
     """Head of one chunk; `length` bytes of payload follow."""
 
     flags: ReplyFlags
@@ -410,69 +389,60 @@ class StructuredReply:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class OffsetDataHead:
+class OffsetDataHead(msgspec.Struct, frozen=True):
     """In front of the data of an OFFSET_DATA chunk."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class OffsetHole:
+class OffsetHole(msgspec.Struct, frozen=True):
     """Whole payload of an OFFSET_HOLE chunk: `length` bytes at `offset` read as zeroes."""
 
     offset: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockStatusHead:
+class BlockStatusHead(msgspec.Struct, frozen=True):
     """In front of the extents of a BLOCK_STATUS chunk."""
 
     context_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockStatusExtent:
+class BlockStatusExtent(msgspec.Struct, frozen=True):
     """`length` bytes with the context's `flags`; its offset follows from those before it."""
 
     length: int
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockStatusExtHead:
+class BlockStatusExtHead(msgspec.Struct, frozen=True):
     """In front of the `count` extents of a BLOCK_STATUS_EXT chunk."""
 
     context_id: int
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockStatusQuery:
+class BlockStatusQuery(msgspec.Struct, frozen=True):
     """Payload of a BLOCK_STATUS request with PAYLOAD_LEN: `length` bytes, told of these contexts only."""
 
     length: int
     context_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorChunk:
+class ErrorChunk(msgspec.Struct, frozen=True):
     """Payload of an ERROR chunk."""
 
     error: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorHead:
+class ErrorHead(msgspec.Struct, frozen=True):
     """What every error chunk begins with, also those of types not known; a text may follow."""
 
     error: int
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorOffsetChunk:
+class ErrorOffsetChunk(msgspec.Struct, frozen=True):
     """Payload of an ERROR_OFFSET chunk: the failure was at `offset` (bytes)."""
 
     error: int

@@ -21,9 +21,11 @@ Source: the NBD specification, "Handshake phase" and "Option types".
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd import messages
@@ -45,7 +47,7 @@ from nbdbackup.nbd.constants import (
 )
 from nbdbackup.nbd.replies import display_text
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 class HandshakeError(ProtocolError):
@@ -84,8 +86,7 @@ class _OptionError(Exception):
         self.reply = reply
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
+class _Rule(msgspec.Struct, frozen=True):
     """How an option is treated: its payload, then its handler, which sends all but the error replies."""
 
     handler: "Callable[[ServerNegotiation, bytes], None]"

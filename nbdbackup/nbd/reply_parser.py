@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from struct import Struct
 
+import msgspec
+
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd import layout, messages, replies
 from nbdbackup.nbd.constants import (
@@ -52,8 +54,7 @@ _STATUS_EXT_BYTES_MAX = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """The whole answer to one request."""
 
     cookie: int

@@ -13,8 +13,9 @@ dropped would send the disk in the clear.
 Source: the NBD project's doc/uri.md.
 """
 
-from dataclasses import dataclass
 from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+import msgspec
 
 from nbdbackup.errors import UsageError
 from nbdbackup.nbd.constants import PORT_DEFAULT, STRING_BYTES_MAX
@@ -33,8 +34,7 @@ _SAFE = "/"
 """Kept readable in export names and paths; all else that RFC 3986 does not call unreserved is encoded."""
 
 
-@dataclass(frozen=True, slots=True)
-class NbdUri:
+class NbdUri(msgspec.Struct, frozen=True):
     """An export of a server, on TCP (`host`, `port`) or on a Unix socket (`socket_path`), never both."""
 
     export: str

@@ -3,7 +3,8 @@
 import asyncio
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd.agreement import Negotiated, TlsMode
@@ -18,8 +19,7 @@ SHUTDOWN_TIMEOUT_S = 1.0
 RECEIVE_BYTES = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
+class Agreement(msgspec.Struct, frozen=True):
     """The end of a negotiation, and what the session goes on with."""
 
     negotiated: Negotiated

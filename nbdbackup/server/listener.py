@@ -6,8 +6,9 @@ import os
 import socket
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from nbdbackup.errors import ConflictError, DeviceError, UsageError
 from nbdbackup.nbd.uri import format_tcp, format_unix
@@ -17,8 +18,7 @@ BACKLOG = 128
 AddressRange: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
+class Listener(msgspec.Struct, frozen=True):
     """One bound, listening, non-blocking socket: TCP at (host, port), or Unix at `path`."""
 
     sock: socket.socket

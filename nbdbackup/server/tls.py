@@ -4,7 +4,8 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.errors import ProtocolError
 from nbdbackup.nbd.agreement import TlsMode
@@ -14,8 +15,7 @@ from nbdbackup.tls.stream import TlsStream
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(msgspec.Struct, frozen=True):
     """What one connection's TLS is done with."""
 
     context: ssl.SSLContext
@@ -23,8 +23,7 @@ class Credentials:
     """Clients that have not proved to be one of these are disconnected; None: no such list."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerTls:
+class ServerTls(msgspec.Struct, frozen=True):
     """What STARTTLS leads to; `mode` is not OFF."""
 
     mode: TlsMode

@@ -9,9 +9,10 @@ comes first, so a name is the same either way round. Values are compared exactly
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+
+import msgspec
 
 from nbdbackup.errors import UsageError
 
@@ -41,8 +42,7 @@ _SPECIAL = ',+"\\<>;='
 _TOKEN = re.compile(r"\\[0-9A-Fa-f]{2}|\\.|[^\\]", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class DistinguishedName:
+class DistinguishedName(msgspec.Struct, frozen=True):
     """A certificate's subject: its parts in order, each a set of (type, value), mostly of one."""
 
     parts: tuple[frozenset[tuple[str, str]], ...]

@@ -4,13 +4,13 @@ import gc
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from msgspec.structs import replace
 
 from nbdbackup.bitmap import dirty, node_bitmaps
 from nbdbackup.daemon import backups

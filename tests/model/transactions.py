@@ -10,8 +10,10 @@ all that it says it has copied in any case, and old bytes everywhere else.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from nbdbackup.block.nbd_session import RemoteOptions
 from nbdbackup.block.node import Node

@@ -7,10 +7,10 @@ async with job_registry() as (registry, log):
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.block.node import drained
@@ -95,4 +95,4 @@ def gated_target(path: Path, size: int) -> tuple[NewFileTarget, GatedDevice, Fau
 
 def with_options(**changes: object) -> BackupOptions:
     """`OPTIONS`, changed."""
-    return replace(OPTIONS, **changes)  # type: ignore[arg-type]
+    return replace(OPTIONS, **changes)

@@ -12,8 +12,9 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from nbdbackup.block.device import BlockDevice
 from nbdbackup.block.node import Node

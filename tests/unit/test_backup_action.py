@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nbdbackup.bitmap import dirty
 from nbdbackup.bitmap.dirty import DirtyBitmap
@@ -170,7 +170,7 @@ async def test_of_several_reasons_to_refuse_the_user_hears_qemus_first(bench: Be
     for later, _ in IN_ORDER[first + 1 :]:
         # Where two are about the same argument, the first one counts.
         changes = later | changes
-    request = replace(to_node("a"), **changes)  # type: ignore[arg-type]
+    request = replace(to_node("a"), **changes)
     with pytest.raises(NbdBackupError) as caught:
         await bench.daemon.backups.start(request)
     assert str(caught.value).startswith(text)

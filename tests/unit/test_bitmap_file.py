@@ -5,10 +5,10 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.file import BitmapFile
 from nbdbackup.bitmap.file_format import (

@@ -1,10 +1,10 @@
 """Bitmaps in files: what is loaded after a stop, a crash, a restart of the machine, of a changed disk."""
 
 import errno
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.dirty import DirtyBitmap
@@ -219,7 +219,7 @@ def test_bitmap_of_another_disk_is_inconsistent(
 def test_a_file_touched_between_stop_and_start_makes_the_bitmap_inconsistent(
     tmp_path: Path, source: SourceIdentity, changed: str
 ) -> None:
-    now = replace(source, **{changed: NOW_NS + 1})  # type: ignore[arg-type]
+    now = replace(source, **{changed: NOW_NS + 1})
     bitmap = reloaded(tmp_path, source, now, clean=True, boot=NEXT_BOOT)
     assert "changed while no server recorded it" in bitmap.inconsistent
 

@@ -3,10 +3,10 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nbdbackup.block.memory import MemoryDevice
 from nbdbackup.errors import ConflictError, NbdBackupError, NotFoundError, UsageError
@@ -126,7 +126,7 @@ async def test_what_is_refused_has_changed_nothing(
     daemon.graph.insert("read-only", MemoryDevice(SIZE), "raw", "", True)
     daemon.graph.insert("small", MemoryDevice(SIZE - 1), "raw", "", False)
     before = Leftovers(tmp_path, daemon.scratch)
-    request = replace(to_file(path), **changes)  # type: ignore[arg-type]
+    request = replace(to_file(path), **changes)
     with pytest.raises(error, match=text):
         await daemon.backups.start(request)
     assert daemon.is_quiet()

@@ -1,9 +1,9 @@
 """Copies of bitmaps in files of a snapshot: what is loaded is what was dirty at the instant, or nothing."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nbdbackup.bitmap.dirty import FREEZE_CHANGES_MAX, DirtyBitmap, Freeze
 from nbdbackup.errors import ConflictError

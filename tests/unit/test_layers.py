@@ -51,7 +51,7 @@ EXTRA_ROOMS = {
 THIRD_PARTY = {
     "construct": {"nbd", "block.qcow2", "bitmap.file_format", "fleece.snapshot_format"},
     "bitarray": {"bitmap", "fleece.frozen_copies"},
-    "msgspec": {"monitor", "job", "daemon", "cli"},
+    "msgspec": set(ROOMS),
     "rich": {"cli"},
     "shtab": {"cli"},
     "qemu": {"cli"},

@@ -3,11 +3,11 @@
 import contextlib
 import struct
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nbdbackup.errors import ProtocolError, UsageError
 from nbdbackup.nbd.agreement import ExportInfo

@@ -11,9 +11,10 @@ import logging
 import os
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
 
 from nbdbackup.bitmap.clusters import ClusterBitmap
 from nbdbackup.bitmap.stored import StoredBitmap
@@ -46,8 +47,7 @@ logger = logging.getLogger(__name__)
 INTERRUPTED = "interrupted"
 
 
-@dataclass(frozen=True, slots=True)
-class NewJob:
+class NewJob(msgspec.Struct, frozen=True):
     """A backup that is to be kept; with `scratch` None old clusters go straight to the target."""
 
     node: Node

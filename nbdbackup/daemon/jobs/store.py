@@ -20,7 +20,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -48,8 +47,7 @@ BLOCK_BYTES = 512
 """The unit of `st_blocks`."""
 
 
-@dataclass(frozen=True, slots=True)
-class LostJob:
+class LostJob(msgspec.Struct, frozen=True):
     """A stored job whose point in time is lost, and why."""
 
     record: JobRecord

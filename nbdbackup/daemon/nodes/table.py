@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from nbdbackup.bitmap.dirty import DirtyBitmap
 from nbdbackup.bitmap.node_bitmaps import NodeBitmaps
 from nbdbackup.block.device import BlockDevice
@@ -17,8 +19,7 @@ from nbdbackup.fleece.copy_before_write import CopyBeforeWrite
 from nbdbackup.server.exports import Export, ExportTable
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Child:
+class Child(msgspec.Struct, frozen=True, eq=False):
     """What a node uses `entry` as: its "file", where its bytes are, or the "target" of what it saves."""
 
     entry: "Entry"

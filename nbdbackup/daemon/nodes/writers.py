@@ -13,7 +13,8 @@ Follows QEMU's block permissions in its texts; of its permissions only "write" i
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+import msgspec
 
 from nbdbackup.block.node import Node
 from nbdbackup.daemon.nodes.table import Entry, NodeTable
@@ -24,8 +25,7 @@ from nbdbackup.job.target import BACKUP_USER
 SNAPSHOT_ACCESS = "snapshot-access"
 
 
-@dataclass(frozen=True, slots=True)
-class Use:
+class Use(msgspec.Struct, frozen=True):
     """One use of a node by `who`, in words."""
 
     who: str
