@@ -10,9 +10,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ class Ours:
                 unix=unix,
                 tcp=not unix,
                 state_dir=place / "state",
-                environment=_hiding_uvloop(place) if self.without_uvloop else None,
+                environment=_installed(room, _hiding_uvloop(place) if self.without_uvloop else {}),
             )
             started = time.perf_counter()
             with server:
@@ -122,6 +123,16 @@ class Ours:
                     uri = uri.replace("nbd:", "nbds:")
                 push = functools.partial(_push_by_command if self.by_command else _push_by_qmp, server)
                 yield Running(uri, view, server.pid, start_s, push)
+
+
+def _installed(room: Room, environment: Mapping[str, str]) -> dict[str, str]:
+    """With compiled modules, as an installed program has them."""
+    bytecode = room.directory / "bytecode"
+    changes = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(bytecode), **environment}
+    if not bytecode.exists():
+        command = [sys.executable, "-c", "import nbdbackup.cli.serve"]
+        subprocess.run(command, check=True, timeout=COPY_LIMIT_S, env={**os.environ, **changes})
+    return changes
 
 
 def _hiding_uvloop(place: Path) -> dict[str, str]:
